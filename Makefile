@@ -1,0 +1,67 @@
+# `make help` says what there is. Everything runs in .venv, which the first target that needs it sets up.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint check wheel notebooks unit docs pages readme export format clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+$(READY): settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo 'fixmatch_fastai needs Python 3.10 or newer: name one, for example `make PYTHON=python3.12`.' >&2; exit 1; }
+	@echo 'Setting up .venv (the first time takes some minutes: torch is large) ...'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## Train on digits with and without unlabelled images; options in ARGS, as in ARGS="--seeds 5"
+	@$(BIN)/fixmatch_demo $(ARGS)
+
+test: lint check wheel notebooks unit ## Everything below that checks, one after another; stops at the first failure
+
+lint: $(READY) ## Check the code with ruff
+	@echo '--- style'
+	@$(BIN)/ruff check --quiet
+
+check: $(READY) ## Check that modules, pages and versions are in step with the notebooks
+	@echo '--- modules, pages and versions in step with the notebooks'
+	@$(BIN)/python tools/check.py
+
+wheel: $(READY) ## Build the package, install it elsewhere and import it
+	@echo '--- wheel'
+	@$(BIN)/python tools/check_wheel.py
+
+notebooks: $(READY) ## Run all notebooks
+	@echo '--- notebooks'
+	@$(BIN)/nbdev-test --n-workers 2
+
+unit: $(READY) ## Run the tests in tests/
+	@echo '--- tests'
+	@$(BIN)/python -m pytest
+
+docs: pages ## Write the pages in docs/ and README.md, and build the site in _site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'The site is in _site/index.html'
+
+pages: $(READY) # the part of `docs` that is committed
+	@$(BIN)/python tools/docs.py
+
+readme: $(READY) ## Write README.md alone
+	@$(BIN)/python tools/docs.py --readme
+
+export: $(READY) ## Clean the notebooks and write the modules from them
+	@$(BIN)/nbdev-clean
+	@$(BIN)/nbdev-export
+
+format: $(READY) ## Format what is written by hand: setup.py, tools/ and tests/
+	@$(BIN)/ruff check --quiet --select I --fix setup.py tools tests
+	@$(BIN)/ruff format setup.py tools tests
+
+clean: ## Remove what can be built again; .venv stays
+	@rm -rf build dist _site _proc ./*.egg-info .pytest_cache .ruff_cache
+	@find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

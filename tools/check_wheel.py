@@ -1,0 +1,74 @@
+"""Build the package as a release would be built, and use it as a stranger would.
+
+sdist, then a wheel from that sdist, installed into an empty folder and imported from there. All in a temporary folder,
+without network. Each failure is one sentence.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from configparser import ConfigParser
+from pathlib import Path
+from shutil import copy2, copytree, ignore_patterns
+from zipfile import ZipFile
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = 'fixmatch_fastai'
+TREE = ['settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md', 'CHANGELOG.md', PACKAGE, 'nbs', 'tests', 'tools']
+IMPORT = f"""
+from pathlib import Path
+import {PACKAGE}.all
+file = Path({PACKAGE}.all.__file__).resolve()
+assert file.is_relative_to(Path.cwd().parent/'installed'), f'imported from {{file}}'
+"""
+
+
+def run(*args, cwd, **env):
+    "Run Python quietly; on failure show what it said"
+    res = subprocess.run([sys.executable, *args], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    if res.returncode:
+        sys.exit(f'{res.stdout}{res.stderr}\nThe wheel check failed at: python {" ".join(map(str, args))[:200].strip()}')
+    return res.stdout
+
+
+def expect(ok, sentence):
+    if not ok:
+        sys.exit(sentence)
+
+
+def main():
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT / 'settings.ini', encoding='utf-8')
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp).resolve()
+        source, dist, installed, elsewhere = (tmp / o for o in ('source', 'dist', 'installed', 'elsewhere'))
+        source.mkdir()
+        elsewhere.mkdir()
+        for o in TREE:
+            expect((ROOT / o).exists(), f'{o} is missing: a release needs it.')
+            ignored = ignore_patterns('__pycache__', '.*', 'models')
+            copytree(ROOT / o, source / o, ignore=ignored) if (ROOT / o).is_dir() else copy2(ROOT / o, source / o)
+        modules = {o.relative_to(ROOT).as_posix() for o in (ROOT / PACKAGE).rglob('*.py')}
+
+        run('-m', 'build', '--no-isolation', '--outdir', dist, source, cwd=tmp)  # the sdist, and the wheel from it
+        sdists, wheels = list(dist.glob('*.tar.gz')), list(dist.glob('*.whl'))
+        expect(len(sdists) == len(wheels) == 1, 'The build did not give one sdist and one wheel.')
+        expect(wheels[0].name.endswith('-py3-none-any.whl'), f'{wheels[0].name} is not a pure Python wheel.')
+        inside = set(ZipFile(wheels[0]).namelist())
+        expect(modules <= inside, f'The wheel lacks {", ".join(sorted(modules - inside))}: see `packages` in setup.py.')
+        strange = sorted(o for o in inside - modules if not o.split('/')[0].endswith('.dist-info'))
+        expect(not strange, f'The wheel holds more than the modules: {", ".join(strange)}.')
+
+        run('-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', '--disable-pip-version-check', '--target', installed, wheels[0], cwd=tmp)
+        run('-c', IMPORT, cwd=elsewhere, PYTHONPATH=str(installed))
+        for script in ini['DEFAULT']['console_scripts'].split('\n'):
+            name = script.split('=')[0].strip()
+            expect((installed / 'bin' / name).exists(), f'The wheel installs no command `{name}`: see console_scripts in settings.ini.')
+            said = run(installed / 'bin' / name, '--help', cwd=elsewhere, PYTHONPATH=str(installed))
+            expect('usage' in said.lower(), f'`{name} --help` says nothing about its usage.')
+    print(f'{wheels[0].name} builds from its sdist, installs and imports.')
+
+
+if __name__ == '__main__':
+    main()
