@@ -77,6 +77,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fixmatch_fastai.augment._translate_y': ( 'augment.html#_translate_y',
                                                                                    'fixmatch_fastai/augment.py'),
                                          'fixmatch_fastai.augment._uniform': ('augment.html#_uniform', 'fixmatch_fastai/augment.py'),
+                                         'fixmatch_fastai.augment._whole': ('augment.html#_whole', 'fixmatch_fastai/augment.py'),
                                          'fixmatch_fastai.augment.same_pixels': ('augment.html#same_pixels', 'fixmatch_fastai/augment.py'),
                                          'fixmatch_fastai.augment.shift_reflect': ( 'augment.html#shift_reflect',
                                                                                     'fixmatch_fastai/augment.py'),

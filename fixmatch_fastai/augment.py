@@ -114,8 +114,10 @@ _OPS = dict(AutoContrast=_autocontrast, Brightness=partial(_enhance, ImageEnhanc
             Sharpness=partial(_enhance, ImageEnhance.Sharpness), ShearX=_shear_x, ShearY=_shear_y, Solarize=ImageOps.solarize,
             TranslateX=_translate_x, TranslateY=_translate_y)
 
-# %% ../nbs/00_augment.ipynb #e97084ca
+# %% ../nbs/00_augment.ipynb #810ee73f
+# functions of ours, not methods of `random`: pickled, for a worker, those would take a copy of the generator along, deaf to seeds
 def _uniform(low, high): return random.uniform(low, high)
+def _whole(low, high): return random.randint(low, high)
 def _either_sign(v): return v if random.random() < 0.5 else -v
 def _level(f): return f(random.randint(1, 9)) # the authors draw a level of 1 to 9 out of 10
 def _enhance_level(n): return 0.1 + 0.18*n
@@ -125,7 +127,7 @@ def _signed_level(unit, n): return _either_sign(unit*n)
 
 # %% ../nbs/00_augment.ipynb #17bef1e6
 _enhancers = ('Brightness','Color','Contrast','Sharpness')
-_PAPER = {**dict.fromkeys(_enhancers, partial(_uniform, 0.05, 0.95)), 'Posterize': partial(random.randint, 4, 8), 'Rotate': partial(_uniform, -30, 30),
+_PAPER = {**dict.fromkeys(_enhancers, partial(_uniform, 0.05, 0.95)), 'Posterize': partial(_whole, 4, 8), 'Rotate': partial(_uniform, -30, 30),
           **dict.fromkeys(('ShearX','ShearY','TranslateX','TranslateY'), partial(_uniform, -0.3, 0.3)), 'Solarize': partial(_uniform, 0, 256)}
 _GOOGLE = {**dict.fromkeys(_enhancers, partial(_level, _enhance_level)), 'Posterize': partial(_level, _posterize_level),
            'Rotate': partial(_level, partial(_signed_level, 3)), **dict.fromkeys(('ShearX','ShearY'), partial(_level, partial(_signed_level, 0.03))),

@@ -45,13 +45,12 @@ def unpack(
     batch # `(weak, strong)`, `(weak, strong, idxs)`, `((weak, strong), y)` or `((weak, strong), y, idxs)`; tuples or lists
 )->tuple: # `(weak, strong, y, idxs)`, the last two `None` where they are missing
     "Sort out the accepted shapes of an unlabelled batch"
-    if isinstance(batch, (tuple,list)):
-        if 2 <= len(batch) <= 3 and _is_views(batch[0]): weak,strong,y,idxs = *batch[0],batch[1],batch[2] if len(batch) == 3 else None
-        elif 2 <= len(batch) <= 3 and _is_views(batch[:2]): weak,strong,y,idxs = *batch[:2],None,batch[2] if len(batch) == 3 else None
-        else: batch = _said(batch)
-    if not isinstance(batch, (tuple,list)):
+    views,*rest = batch if isinstance(batch, (tuple,list)) and len(batch) > 1 else (None,)
+    if not _is_views(views) and _is_views(batch[:2] if rest else None): views,rest = batch[:2],[None,*batch[2:]]
+    if not _is_views(views) or len(rest) > 2:
         raise TypeError("The unlabelled loader must yield (weak, strong), (weak, strong, idxs), ((weak, strong), y) or ((weak, strong), y, idxs), "
-                        f"but it yields {batch if isinstance(batch, str) else _said(batch)}: make it with `dls.unlabeled_dl(files)`, or give its torch dataset `transform=FixMatchTransform(mean, std)`.")
+                        f"but it yields {_said(batch)}: make it with `dls.unlabeled_dl(files)`, or give its torch dataset `transform=FixMatchTransform(mean, std)`.")
+    (weak,strong),(y,idxs) = views,(*rest,None,None)[:2]
     if weak.shape != strong.shape or weak.dtype != strong.dtype:
         raise ValueError(f"The weak and strong views must have one shape and dtype, but are {_said(weak)} {weak.dtype} and {_said(strong)} {strong.dtype}: make both the same size in the view transform.")
     return weak,strong,y,idxs
@@ -80,8 +79,8 @@ class FixMatch(Callback):
     "Semi-supervised training on labelled and unlabelled images ([FixMatch](https://arxiv.org/abs/2001.07685), algorithm 1)"
     # after MixUp and CutMix (0) blend the labelled batch, which must not see ours; before GradientAccumulation (6) may cancel the step
     order,run_valid = 5,False
-    _stateattrs = ('_unlabeled_dl','_stream','_step')
-    _unlabeled_dl = _stream = _step = _learn = None
+    _stateattrs = ('_unlabeled_dl','_stream','_rows')
+    _unlabeled_dl = _stream = _rows = _learn = None
     _set_up = False
 
     def __init__(self,
@@ -159,14 +158,14 @@ def before_batch(self:FixMatch):
     if views.shape[1:] != x.shape[1:]:
         raise ValueError(f"A view is {tuple(views.shape[1:])} (channels, height, width), but a labelled image is {tuple(x.shape[1:])}: "
                          "make the unlabelled loader from the learner's own `dls`, with `dls.unlabeled_dl(files)`, or resize its images to that size.")
-    self._step = _Step(len(x), len(weak), truth, idxs)
+    self._rows = _Step(len(x), len(weak), truth, idxs)
     self.learn.xb = (torch.cat([x, views.to(x.dtype)]),)
 
 # %% ../nbs/04_callback.ipynb #822781a1
 @patch
 def _split_off(self:FixMatch):
     "Give the Learner its labelled rows back; return all inputs and predictions"
-    step,self._step = self._step,None
+    step,self._rows = self._rows,None
     xb,pred = self.xb[0],self.pred
     self.learn.xb = (xb[:step.n_x],)
     if isinstance(pred, Tensor): self.learn.pred = pred[:step.n_x]
@@ -220,7 +219,7 @@ def _clean_up(self:FixMatch):
 
 @patch
 def _put_back(self:FixMatch):
-    self._step = None
+    self._rows = None
     self.learn.loss_func = own_loss(self.learn)
 
 @patch
@@ -242,7 +241,7 @@ def before_train(self:FixMatch):
 
 @patch
 def after_cancel_batch(self:FixMatch):
-    if self._step is not None: self._split_off() # cancelled before `after_pred`: metrics still want labelled rows
+    if self._rows is not None: self._split_off() # cancelled before `after_pred`: metrics still want labelled rows
     self._put_back()
 
 @patch

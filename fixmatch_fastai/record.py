@@ -22,13 +22,13 @@ class SemiRecorder(Callback):
     # after Recorder (50) has written its own names and values, before TensorBoard (51), the progress bar and trackers (60) read them
     order = Recorder.order + 0.5
     _stateattrs = ('_rows','_steps')
-    _columns,_place,_rows,_steps,_values = (),None,(),np.zeros((0,7)),()
+    _columns,_place,_rows,_steps,_values,_fresh = (),None,(),np.zeros((0,7)),(),False
 
     def start(self,
         columns # Those to show, of `loss_x`, `loss_u`, `mask_rate`, `pseudo_acc`
     ):
-        "Called by `FixMatch` as a fit begins: forget the last one"
-        self._columns,self._rows,self._steps = tuple(columns),[],np.zeros((0,7))
+        "Called by `FixMatch` as a fit begins: the first training batch will replace what the last fit left"
+        self._columns,self._fresh = tuple(columns),True
 
     def before_fit(self):
         self._place = None
@@ -45,6 +45,7 @@ class SemiRecorder(Callback):
         truth=None           # Classes (M,), negative where unknown
     ):
         "Note one step; nothing waits for the device"
+        if self._fresh: self._rows,self._steps,self._fresh = [],np.zeros((0,7)),False
         targets,weights = pseudo
         counted = correct = weights.new_zeros(())
         if truth is not None and weights.ndim == 1:

@@ -1,0 +1,98 @@
+"What the tests share: tiny images, tiny networks, and a fit without noise"
+
+import warnings
+
+warnings.filterwarnings('ignore', category=FutureWarning)  # before fastai is imported
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import (
+    CategoryBlock,
+    ConvLayer,
+    DataBlock,
+    ImageBlock,
+    IndexSplitter,
+    Learner,
+    NormType,
+    PILImageBW,
+    accuracy,
+    get_image_files,
+    nn,
+    parent_label,
+    set_seed,
+)
+
+from fixmatch_fastai.all import FixMatch, FixMatchTransform, digits_path, split_labeled, weak_augment
+
+matplotlib.use('agg')
+torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
+
+
+def tiny_net(n_out=10, norm=NormType.Batch, n_in=1):
+    conv = ConvLayer(n_in, 8, stride=2, norm_type=norm)
+    return nn.Sequential(conv, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(8 * 16, n_out))
+
+
+def no_bn(n_out=10):
+    return tiny_net(n_out, norm=None)
+
+
+def quiet_fit(learn, *args, method='fit', **kwargs):
+    with learn.no_bar(), learn.no_logging():
+        return getattr(learn, method)(*args, **kwargs)
+
+
+@pytest.fixture(scope='session')
+def digits():
+    return get_image_files(digits_path()).sorted()
+
+
+@pytest.fixture(scope='session')
+def pool(digits):
+    return split_labeled(digits, parent_label, 100, seed=1)[0]
+
+
+@pytest.fixture(scope='session')
+def make_dls(digits):
+    "Few labelled digits and a few to validate on, fresh for each test"
+    labeled, rest = split_labeled(digits, parent_label, 20, seed=0)
+    test, _ = split_labeled(rest, parent_label, 20, seed=0)
+
+    def make(bs=4, n_batches=3, item_tfms=None, batch_tfms=None, img_cls=PILImageBW, num_workers=0):
+        set_seed(0)
+        block = DataBlock(
+            blocks=(ImageBlock(img_cls), CategoryBlock),
+            get_y=parent_label,
+            splitter=IndexSplitter(range(len(labeled), len(labeled) + len(test))),
+            item_tfms=item_tfms,
+            batch_tfms=batch_tfms,
+        )
+        dls = block.dataloaders(labeled + test, bs=bs, num_workers=num_workers)
+        return dls if n_batches is None else dls.repeat_train(n_batches)
+
+    return make
+
+
+@pytest.fixture
+def make_learner(make_dls, pool, tmp_path):
+    "A learner with FixMatch, three steps an epoch"
+
+    def make(dls=None, model=None, fixmatch=None, loader=None, mu=2, label_func=parent_label, num_workers=0, cbs=(), **kwargs):
+        dls = make_dls() if dls is None else dls
+        if loader is None:
+            tfm = FixMatchTransform(weak=weak_augment(flip=False))
+            loader = dls.unlabeled_dl(pool, mu=mu, tfm=tfm, label_func=label_func, num_workers=num_workers)
+        set_seed(0)
+        fm = FixMatch(loader, **{'threshold': 0.2, **(fixmatch or {})})
+        return Learner(dls, model or tiny_net(), **{'metrics': accuracy, 'path': tmp_path, 'cbs': [fm, *cbs], **kwargs})
+
+    return make
+
+
+@pytest.fixture
+def photo():
+    "A colourful image without symmetry"
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))

@@ -1,0 +1,166 @@
+"Each mistake gets one sentence that says what to do, before the first step, and the learner stays usable"
+
+import pytest
+import torch
+from conftest import quiet_fit, tiny_net
+from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, nn
+
+from fixmatch_fastai.all import FixedThreshold, FixMatch, Policy, PseudoLabels
+
+
+def loaders(y=None, x=None, n=2):
+    y = torch.zeros(4, dtype=torch.long) if y is None else y
+    return [((torch.randn(4, 1, 16, 16),) if x is None else x) + (y,)] * n
+
+
+def views(n=8, shape=(1, 16, 16)):
+    return [(torch.randn(n, *shape), torch.randn(n, *shape))]
+
+
+def refused(dls, model, loader, exc, match, loss=None):
+    learn = Learner(dls, model, loss or CrossEntropyLossFlat(), cbs=FixMatch(loader))
+    own = learn.loss_func
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(exc, match=match) as e:
+        quiet_fit(learn, 1)
+    sentence = str(e.value).split('\n')[-1].strip()
+    assert sentence.endswith('.') and len(sentence) < 400 and '\n' not in sentence
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters())), 'before the first step'
+    learn.validate() if exc is None else None
+    assert learn.loss_func is own
+    return learn
+
+
+@pytest.mark.parametrize(
+    'y,match,loss',
+    [
+        (torch.zeros(4, 10), 'multi-label', nn.BCEWithLogitsLoss()),
+        (torch.zeros(4), 'regression, or binary with one logit', nn.MSELoss()),
+        (torch.zeros(4, 1), 'regression, or binary with one logit', nn.BCEWithLogitsLoss()),
+        (torch.zeros(4, 16, 16, dtype=torch.long), 'segmentation', None),
+    ],
+    ids=['multi-label', 'regression', 'binary', 'segmentation'],
+)
+def test_targets(y, match, loss):
+    dls = DataLoaders(loaders(y), loaders(y))
+    refused(dls, tiny_net(), views(), ValueError, match, loss)
+
+
+class OneLogit(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.net = tiny_net(n)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize('model', [OneLogit(1), nn.Sequential(tiny_net(10), nn.Unflatten(1, (2, 5))), nn.Sequential(tiny_net(1), nn.Flatten(0))], ids=['one logit', 'a map', 'flat'])
+def test_outputs(model):
+    refused(DataLoaders(loaders(), loaders()), model, views(), ValueError, 'end the model in a linear layer', lambda p, y: p.float().mean())
+
+
+class TwoOutputs(OneLogit):
+    def forward(self, x):
+        return self.net(x), x
+
+
+def test_several_outputs():
+    refused(DataLoaders(loaders(), loaders()), TwoOutputs(10), views(), ValueError, 'the model returns \\(Tensor', lambda p, y: p[0].mean())
+
+
+class TwoInputs(OneLogit):
+    def forward(self, a, b):
+        return self.net(a + b)
+
+
+def test_several_inputs():
+    x = (torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16))
+    dls = DataLoaders(loaders(x=x), loaders(x=x))
+    learn = refused(dls, TwoInputs(10), views(), ValueError, 'models with one input')
+    learn.validate()
+
+
+@pytest.mark.parametrize(
+    'loader,exc,match',
+    [
+        ([], ValueError, 'yields no batch'),
+        (iter([]), ValueError, 'an iterator that is used up'),
+        (['cat.jpg'], TypeError, 'but it yields str: make it with'),
+        ([torch.zeros(8, 1, 16, 16)], TypeError, 'but it yields Tensor'),
+        ([(torch.zeros(8, 1, 16, 16), torch.zeros(8))], TypeError, r'\(Tensor\(8, 1, 16, 16\), Tensor\(8,\)\)'),
+        ([dict(weak=1)], TypeError, 'yields dict'),
+        ([(torch.zeros(8, 1, 16, 16), torch.zeros(7, 1, 16, 16))], ValueError, 'one shape and dtype'),
+        (views(shape=(1, 20, 20)), ValueError, r'A view is \(1, 20, 20\).*a labelled image is \(1, 16, 16\)'),
+        (views(shape=(3, 16, 16)), ValueError, r'A view is \(3, 16, 16\)'),
+        ([(torch.zeros(8, 1, 16, 16, dtype=torch.uint8),) * 2], ValueError, '`mean` and `std`'),
+    ],
+    ids=['empty', 'used up', 'files', 'tensor', 'labelled', 'dict', 'unequal', 'size', 'channels', 'uint8'],
+)
+def test_unlabeled_loader(loader, exc, match):
+    learn = refused(DataLoaders(loaders(), loaders()), tiny_net(), loader, exc, match)
+    learn.remove_cb(FixMatch)
+    learn.validate()
+    quiet_fit(learn, 1, cbs=FixMatch(views()))
+    quiet_fit(learn, 1)
+
+
+def test_fewer_labels_than_bs(make_dls, make_learner, pool):
+    dls = make_dls(bs=64, n_batches=None)
+    learn = make_learner(dls=dls)
+    with pytest.raises(ValueError, match=r'fewer labelled images \(20\) than the batch size \(64\).*repeat_train\(100\)'):
+        quiet_fit(learn, 1)
+    assert len(learn.validate()) == 2 and learn.predict(pool[0])
+    learn.dls = dls.repeat_train(2)
+    quiet_fit(learn, 1)
+
+
+def test_two_callbacks(make_learner, make_dls, pool):
+    learn = make_learner()
+    with pytest.raises(ValueError, match='two FixMatch callbacks'):
+        quiet_fit(learn, 1, cbs=FixMatch(make_dls().unlabeled_dl(pool)))
+    quiet_fit(learn, 1)
+
+
+@pytest.mark.parametrize(
+    'kwargs,exc,match',
+    [
+        (dict(threshold=1.1), ValueError, 'between 0 and 1'),
+        (dict(threshold=-0.1), ValueError, 'between 0 and 1'),
+        (dict(T=0), ValueError, 'above 0'),
+        (dict(T=-1), ValueError, 'above 0'),
+        (dict(lambda_u=-0.1), ValueError, '0 or more'),
+        (dict(lambda_u=float('nan')), ValueError, '0 or more'),
+        (dict(forward='twice'), ValueError, "must be 'joint'"),
+        (dict(policy=FixedThreshold(), threshold=0.9), ValueError, 'either `policy`, or'),
+        (dict(policy=FixedThreshold(), T=0.5), ValueError, 'either `policy`, or'),
+        (dict(policy=FixedThreshold), TypeError, 'must be a Policy'),
+    ],
+    ids=lambda o: str(o) if isinstance(o, dict) else '',
+)
+def test_arguments(kwargs, exc, match):
+    with pytest.raises(exc, match=match):
+        FixMatch(views(), **kwargs)
+
+
+class WrongShape(Policy):
+    def forward(self, batch):
+        c, k = batch.probs.max(1, keepdim=True)
+        return PseudoLabels(k[:, 0], c)
+
+
+def test_policy_with_weights_that_would_broadcast():
+    learn = Learner(DataLoaders(loaders(), loaders()), tiny_net(), CrossEntropyLossFlat(), cbs=FixMatch(views(), policy=WrongShape()))
+    with pytest.raises(ValueError, match=r'WrongShape gives weights \(8, 1\) for losses \(8,\)'):
+        quiet_fit(learn, 1)
+    assert type(learn.loss_func) is CrossEntropyLossFlat
+
+
+def test_unreadable_image_is_named(make_dls, make_learner, tmp_path, pool):
+    bad = tmp_path / 'broken.png'
+    bad.write_bytes(b'not an image')
+    dls = make_dls()
+    learn = make_learner(dls=dls, loader=dls.unlabeled_dl([*pool[:1], bad], num_workers=0))
+    with pytest.raises(Exception, match='broken.png'):
+        quiet_fit(learn, 1)
+    assert len(learn.validate()) == 2

@@ -1,0 +1,207 @@
+"An interrupt in any event, before or after ours: then everything works, and nothing is left behind"
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+
+import pytest
+import torch
+from conftest import quiet_fit
+from fastai.callback.core import _events
+from fastai.vision.all import (
+    Callback,
+    CancelBackwardException,
+    CancelBatchException,
+    CancelEpochException,
+    CancelFitException,
+    CancelStepException,
+    CancelTrainException,
+    CancelValidException,
+    CrossEntropyLossFlat,
+    MixUp,
+    load_learner,
+)
+
+from fixmatch_fastai.all import FixMatch
+from fixmatch_fastai.callback import OneCallLoss
+
+CANCELS = [CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException, CancelStepException, CancelBackwardException, CancelValidException]
+EVENTS = [e for e in _events if e != 'after_create']
+
+
+class Raise(Callback):
+    "Raises `exc` the second time `event` comes, before or after all others"
+
+    def __init__(self, event, exc, order):
+        self._event, self._exc, self.order, self._times = event, exc, order, 0
+
+    def __call__(self, event_name):
+        if event_name == self._event:
+            self._times += 1
+            if self._times == min(2, {'before_fit': 1, 'after_fit': 1}.get(event_name, 2)):
+                raise self._exc('stop')
+
+
+def usable(learn, item):
+    "Predicts, validates, pickles its loss, exports and trains on, as if nothing had been"
+    assert learn.predict(item)[0] in learn.dls.vocab
+    assert type(learn.loss_func) is CrossEntropyLossFlat
+    loss, acc = learn.validate()
+    x, y = zip(*[(b[0], b[1]) for b in learn.dls.valid])
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(learn.model(torch.cat(x).as_subclass(torch.Tensor)), torch.cat(y).as_subclass(torch.Tensor))
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    learn.export()
+    assert load_learner(learn.path / 'export.pkl').predict(item)[0] in learn.dls.vocab
+    quiet_fit(learn, 2)
+    assert len(learn.fix_match.history) == 6 and len(learn.recorder.values) == 2
+    assert [len(v) for v in learn.recorder.values] == [7, 7]
+    assert learn.fix_match._stream is None and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize('order', [-20, 55], ids=['first', 'last'])
+@pytest.mark.parametrize('exc', [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize('event', EVENTS)
+def test_interrupt(make_learner, pool, event, exc, order):
+    learn = make_learner()
+    try:
+        quiet_fit(learn, 2, cbs=Raise(event, exc, order))
+    except exc:
+        pass
+    own = learn.loss_func.loss_func if isinstance(learn.loss_func, OneCallLoss) else learn.loss_func
+    assert type(pickle.loads(pickle.dumps(learn.loss_func))) is type(own) is CrossEntropyLossFlat
+    usable(learn, pool[0])
+
+
+@pytest.mark.parametrize('order', [-20, 55], ids=['first', 'last'])
+@pytest.mark.parametrize('exc', CANCELS, ids=lambda o: o.__name__)
+def test_cancel(make_learner, pool, exc, order):
+    for event in EVENTS:
+        learn = make_learner(metrics=[])
+        learn.recorder.train_metrics = True
+        try:
+            quiet_fit(learn, 2, cbs=Raise(event, exc, order))
+        except exc:  # fastai catches each only where it belongs
+            pass
+        else:
+            assert not isinstance(learn.loss_func, OneCallLoss), event
+            assert learn.fix_match._stream is None, event
+        learn.validate()
+        assert type(learn.loss_func) is CrossEntropyLossFlat, event
+        quiet_fit(learn, 1)
+        assert len(learn.fix_match.history) == 3, event
+
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_step'])
+def test_cancelled_batch_leaves_labeled_rows(make_learner, event):
+    "A metric on training batches sees predictions and targets of one length, also when another callback cancels the batch"
+    learn = make_learner()
+    learn.recorder.train_metrics = True
+    quiet_fit(learn, 2, cbs=Raise(event, CancelBatchException, -20 if event == 'after_pred' else 55))
+    assert len(learn.recorder.values) == 2
+
+
+def test_own_loss_back_before_any_validation(make_learner):
+    "A cancelled training phase goes straight on to validation, which must not meet our loss"
+    learn = make_learner()
+    seen = []
+
+    class Look(Callback):
+        order = 100
+
+        def after_pred(self):
+            if not self.training:
+                seen.append(type(self.learn.loss_func))
+
+    quiet_fit(learn, 1, cbs=[Raise('after_pred', CancelTrainException, 55), Look()])
+    assert set(seen) == {CrossEntropyLossFlat}
+
+
+def test_mixup_and_cancelled_epoch(make_learner):
+    learn = make_learner()
+    quiet_fit(learn, 2, cbs=[MixUp(), Raise('after_pred', CancelTrainException, 55)])
+    assert type(learn.loss_func) is CrossEntropyLossFlat
+
+
+def test_interrupted_fit_with_callback_given_to_fit(make_learner, pool):
+    learn = make_learner()
+    fm = learn.fix_match
+    learn.remove_cb(fm)
+    with pytest.raises(KeyboardInterrupt):
+        quiet_fit(learn, 1, cbs=[fm, Raise('after_pred', KeyboardInterrupt, 55)])
+    assert type(learn.loss_func) is CrossEntropyLossFlat and fm._stream is None
+    assert not hasattr(learn, 'fix_match') and not learn._grab_cbs(type(fm._recorder))
+    assert quiet_fit(learn, 1) is None and len(learn.recorder.values[-1]) == 3
+
+
+def test_removed_after_interrupt(make_learner):
+    learn = make_learner()
+    with pytest.raises(KeyboardInterrupt):
+        quiet_fit(learn, 1, cbs=Raise('after_pred', KeyboardInterrupt, 55))
+    assert isinstance(learn.loss_func, OneCallLoss)
+    learn.remove_cb(FixMatch)
+    assert type(learn.loss_func) is CrossEntropyLossFlat
+
+
+class Children(Callback):
+    "Notes the worker processes at each training batch"
+
+    def __init__(self):
+        self.pids = []
+
+    def after_pred(self):
+        if self.training:
+            self.pids.append({p.pid for p in multiprocessing.active_children()})
+
+
+def test_workers_live_for_one_fit(make_learner):
+    learn, look = make_learner(num_workers=2), Children()
+    learn.validate()
+    learn.get_preds()
+    assert not multiprocessing.active_children(), 'no workers without training'
+    quiet_fit(learn, 2, cbs=look)
+    assert len(look.pids) == 6 and all(p == look.pids[0] for p in look.pids), 'the same workers in both epochs'
+    assert len(look.pids[0]) == 2
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize('exc', [KeyboardInterrupt, RuntimeError])
+def test_workers_of_an_interrupted_fit_end_with_the_next(make_learner, exc):
+    learn, look, again = make_learner(num_workers=2), Children(), Children()
+    with pytest.raises(exc):
+        quiet_fit(learn, 1, cbs=[look, Raise('after_pred', exc, 55)])
+    quiet_fit(learn, 1, cbs=again)
+    assert not (look.pids[0] & again.pids[0]) and len(again.pids[0]) == 2
+    assert not multiprocessing.active_children()
+
+
+def slow_views(img):
+    threading.Event().wait(0.2)
+    t = torch.zeros(1, 16, 16, dtype=torch.uint8)
+    return t, t + 1
+
+
+def test_ctrl_c_while_waiting_for_views(make_dls, make_learner, pool):
+    "The traceback, which people's tools keep, holds on to the loader: its workers end all the same"
+    dls = make_dls()
+    learn = make_learner(dls=dls, loader=dls.unlabeled_dl(pool, tfm=slow_views, num_workers=2))
+    timer = threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt) as kept:
+        quiet_fit(learn, 10)
+    assert kept.traceback and not multiprocessing.active_children()
+
+
+def test_error_in_the_loader_is_told(make_dls, make_learner, pool):
+    "An exception without a message would become an IndexError in fastai"
+
+    def broken(img):
+        raise AssertionError
+
+    dls = make_dls()
+    learn = make_learner(dls=dls, loader=dls.unlabeled_dl(pool, tfm=broken, num_workers=0))
+    with pytest.raises(AssertionError, match='AssertionError in the unlabelled loader'):
+        quiet_fit(learn, 1)
+    learn.validate()
