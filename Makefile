@@ -6,7 +6,7 @@ READY := .venv/.installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint check wheel notebooks unit docs pages readme export format clean
+.PHONY: help demo test lint check wheel notebooks unit outputs docs pages readme export format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,11 +38,15 @@ wheel: $(READY) ## Build the package, install it elsewhere and import it
 
 notebooks: $(READY) ## Run all notebooks
 	@echo '--- notebooks'
-	@$(BIN)/nbdev-test --n-workers 2
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 
 unit: $(READY) ## Run the tests in tests/
 	@echo '--- tests'
 	@$(BIN)/python -m pytest
+
+outputs: $(READY) ## Run all notebooks in Jupyter and save what they show
+	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace $$(find nbs -name '*.ipynb' -not -path '*/.*')
+	@$(BIN)/nbdev-clean
 
 docs: pages ## Write the pages in docs/ and README.md, and build the site in _site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

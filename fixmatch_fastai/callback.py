@@ -286,6 +286,8 @@ def show_pseudo_labels(self:FixMatch,
         pseudo = deepcopy(self.policy).cpu()(SemiBatch(weak=views.cpu(), idxs=None if idxs is None else idxs[:n].cpu(), logits_weak=logits))
     self.model.train(training)
     targets = pseudo.targets.argmax(1) if pseudo.targets.ndim == 2 else pseudo.targets
+    tfm = getattr(getattr(dl, 'dataset', None), 'tfm', getattr(getattr(dl, 'dataset', None), 'transform', None))
+    if weak.is_floating_point() and getattr(tfm, 'mean', None) is not None: weak,strong = (o[:n]*tfm.std[:,None,None]+tfm.mean[:,None,None] for o in (weak.cpu(), strong.cpu()))
     vocab = getattr(self.dls, 'vocab', None)
     name = lambda i: None if i < 0 else str(i if vocab is None else vocab[i])
     return plot_pseudo_labels(weak[:n], strong[:n], [name(i) for i in targets.tolist()], logits.softmax(1).max(1).values.tolist(), pseudo.weights.tolist(),

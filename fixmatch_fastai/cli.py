@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.data.block import CategoryBlock, DataBlock
@@ -52,7 +53,7 @@ class Comparison:
         n_labels:int=40,      # Labelled images in all, a multiple of the number of classes
         n_unlabeled:int=None, # Unlabelled images in all; default: every other training image
         threshold:float=0.95, # Of `FixMatch`
-        steps:int=400,        # Of either method
+        steps:int=500,        # Of either method
         n_test:int=None,      # Held-out images at least, equally many of each class but for the last few; default: a quarter
         size:int=None,        # Resize to a square of this side; default: leave as they are
         flip:bool=True,       # Flip images? Not for digits and text
@@ -165,7 +166,7 @@ def _parser():
     p.add_argument('--labels', type=int, default=40, help='labelled images in all, equally many of each class')
     p.add_argument('--unlabeled', type=int, help='unlabelled images in all (default: every other training image)')
     p.add_argument('--threshold', type=float, default=0.95, help='smallest confidence with which a pseudo-label counts')
-    p.add_argument('--steps', type=int, default=400, help='training steps of either method')
+    p.add_argument('--steps', type=int, default=500, help='training steps of either method')
     p.add_argument('--seeds', type=int, default=3, help='how many times, with other labels and starting weights')
     p.add_argument('--data', type=Path, help='a folder with a folder of images for each class (default: the handwritten digits of scikit-learn)')
     p.add_argument('--size', type=int, default=32, help='side to which images of --data are resized')
@@ -178,6 +179,7 @@ def main(argv=None):
     import warnings
     warnings.filterwarnings('ignore', category=FutureWarning)
     plt.switch_backend('agg')
+    torch.set_num_threads(1) # the network is tiny; more threads would only take the processors from the workers that make its views
     parser = _parser()
     args = parser.parse_args(argv)
     for name in ('labels','steps','seeds','size'):

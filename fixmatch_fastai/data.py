@@ -289,6 +289,9 @@ def show_batch(self:UnlabeledDL,
     axs = get_grid(2*n, nrows=2, ncols=n, figsize=figsize or (1.3*n,3))
     vocab = {i: o for o,i in self.dataset.o2i.items()}
     for j in range(n):
-        title = 'weak' if y is None and j == 0 else '' if y is None else str(vocab.get(int(y[j]), int(y[j]) if int(y[j]) >= 0 else '?'))
+        title = '' if y is None else str(vocab.get(int(y[j]), '?'))
         show_image(_displayable(weak[j], self.dataset.tfm), ctx=axs[j], title=title, **{'cmap': 'gray', **kwargs})
-        show_image(_displayable(strong[j], self.dataset.tfm), ctx=axs[n+j], title='strong' if j == 0 and y is None else '', **{'cmap': 'gray', **kwargs})
+        show_image(_displayable(strong[j], self.dataset.tfm), ctx=axs[n+j], **{'cmap': 'gray', **kwargs})
+    for ax,name in ((axs[0],'weak'), (axs[n],'strong')):
+        ax.axis('on')
+        ax.set(xticks=[], yticks=[], ylabel=name)

@@ -110,10 +110,12 @@ def plot_steps(
     axs[1].set(title='pseudo-labels', ylabel='share', ylim=(-.02,1.02))
     return axs
 
-# %% ../nbs/05_record.ipynb #b5b3bc9c
+# %% ../nbs/05_record.ipynb #11834acf
 def _show(ax, img):
     img = img.detach().cpu().float()
-    img = (img-img.min())/(img.max()-img.min()).clamp(min=1e-6) if img.min() < 0 or img.max() > 255 else img/(255 if img.max() > 1 else 1)
+    if img.min() < 0: img = (img-img.min())/(img.max()-img.min()) # normalised by we don't know what
+    elif img.max() > 1.01: img = img/255
+    img = img.clamp(0,1)
     ax.imshow(img.permute(1,2,0).squeeze(-1) if img.shape[0] in (1,3) else img[0], cmap='gray', vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
 
@@ -135,7 +137,7 @@ def plot_pseudo_labels(
     for i in range(n):
         top,bottom = axs[2*(i//ncols), i%ncols],axs[2*(i//ncols)+1, i%ncols]
         wrong = truths is not None and truths[i] is not None and truths[i] != labels[i]
-        top.set_title(f'{labels[i]}  {confidences[i]:.2f}' + (f'\n(is {truths[i]})' if wrong else ''), fontsize=9,
+        top.set_title(f'{labels[i]}  {int(100*confidences[i])/100:.2f}' + (f'\n(is {truths[i]})' if wrong else ''), fontsize=9,
                       color='0.55' if weights[i] == 0 else 'tab:red' if wrong else 'tab:green')
         for ax,view in ((top,weak[i]), (bottom,strong[i])):
             ax.axis('on')

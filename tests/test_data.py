@@ -151,7 +151,7 @@ def test_show_batch(make_dls, pool):
         plt.close('all')
         dls.unlabeled_dl(pool, tfm=tfm).show_batch(max_n=3)
         axs = plt.gcf().axes
-        assert len(axs) == 6 and all(len(ax.images) == 1 for ax in axs) and axs[0].get_title() == 'weak'
+        assert len(axs) == 6 and all(len(ax.images) == 1 for ax in axs) and axs[0].get_ylabel() == 'weak' and axs[3].get_ylabel() == 'strong'
 
 
 def test_loader_shows_on_device_and_copies(make_dls, pool):
