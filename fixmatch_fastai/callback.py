@@ -81,7 +81,7 @@ class FixMatch(Callback):
     order,run_valid = 5,False
     _stateattrs = ('_unlabeled_dl','_stream','_rows')
     _unlabeled_dl = _stream = _rows = _learn = None
-    _set_up = False
+    _n_classes = None
 
     def __init__(self,
         unlabeled_dl,          # `dls.unlabeled_dl(items)`, or any loader of weak and strong views, see `unpack`
@@ -166,7 +166,7 @@ def before_batch(self:FixMatch):
 def _split_off(self:FixMatch):
     "Give the Learner its labelled rows back; return all inputs and predictions"
     step,self._rows = self._rows,None
-    xb,pred = self.xb[0],self.pred
+    xb,pred = self.xb[0],getattr(self.learn, 'pred', None)
     self.learn.xb = (xb[:step.n_x],)
     if isinstance(pred, Tensor): self.learn.pred = pred[:step.n_x]
     return step,xb,pred
@@ -177,10 +177,10 @@ def after_pred(self:FixMatch):
     if not isinstance(pred, Tensor) or pred.ndim != 2 or len(pred) != len(xb) or pred.shape[1] < 2:
         raise ValueError(f"FixMatch needs one row of logits for each image and one column for each class, (rows, classes), but the model returns {_said(pred)} for {len(xb)} images: "
                          "end the model in a linear layer with two or more outputs.")
-    if not self._set_up:
+    if self._n_classes != pred.shape[1]:
         pool = getattr(self._unlabeled_dl, 'dataset', None)
         self.policy.setup(pred.shape[1], len(pool) if hasattr(pool, '__len__') else None, self.model)
-        self._set_up = True
+        self._n_classes = pred.shape[1]
     self.policy.to(pred.device)
     weak,strong = cast(pred, Tensor)[step.n_x:].split(step.n_u)
     x,views,y = xb[:step.n_x],xb[step.n_x:step.n_x+step.n_u],cast(self.yb[0], Tensor)

@@ -253,9 +253,9 @@ def unlabeled_dl(self:DataLoaders,
     **kwargs         # `bs`, `shuffle`, `drop_last`, `num_workers`, `pin_memory`, `timeout`, `device`
 )->UnlabeledDL: # Its batches are `(weak, strong, idxs)`; views are (M, channels, H, W), uint8 unless `tfm` normalises; `idxs` (M,) are places in `items`
     "A loader of weak and strong views of `items`, opened and resized as these `DataLoaders` do"
-    valid = self.loaders[1] if len(self.loaders) > 1 else self.train
+    valid = self.valid if len(self.loaders) > 1 else None
     if not isinstance(valid, TfmdDL) or not isinstance(valid.dataset, (Datasets,TfmdLists)):
-        raise TypeError("`unlabeled_dl` needs fastai's DataLoaders: give `FixMatch` a torch DataLoader whose dataset has the transform `FixMatchTransform(mean, std)` instead.")
+        raise TypeError("`unlabeled_dl` needs fastai's DataLoaders with a validation set, whose transforms it takes: give `FixMatch` a torch DataLoader whose dataset has the transform `FixMatchTransform(mean, std)` instead.")
     if getattr(valid, 'n_inp', 1) != 1: raise ValueError(f"`unlabeled_dl` makes views of one image, but the model of these DataLoaders takes {valid.n_inp} inputs.")
     if unknown := set(kwargs)-set(_dl_kwargs): raise TypeError(f"`unlabeled_dl` takes no argument {sorted(unknown)}: use any of {', '.join(_dl_kwargs)}.")
     if not isinstance(mu, int) or mu < 1: raise ValueError(f"`mu` is a number of unlabelled images for each labelled one, 1 or more, but got {mu}.")

@@ -138,7 +138,7 @@ def test_dataframe_and_colour(digits, pool):
     import pandas as pd
 
     df = pd.DataFrame(dict(name=[str(o) for o in digits[::90]], label=[parent_label(o) for o in digits[::90]]))
-    dls = ImageDataLoaders.from_df(df, path='/', bs=4, num_workers=0, item_tfms=Resize(20), seed=0, img_cls=PILImage)
+    dls = ImageDataLoaders.from_df(df, path='/', fn_col='name', label_col='label', bs=4, num_workers=0, item_tfms=Resize(20), seed=0, img_cls=PILImage)
     weak, strong, _ = dls.unlabeled_dl(df, mu=2).one_batch()
     assert weak.shape == strong.shape == (8, 3, 20, 20)
 

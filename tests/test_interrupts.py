@@ -103,6 +103,21 @@ def test_cancelled_batch_leaves_labeled_rows(make_learner, event):
     assert len(learn.recorder.values) == 2
 
 
+def test_first_batch_cancelled(make_learner):
+    "Before any prediction there is"
+    learn = make_learner()
+
+    class CancelFirst(Callback):
+        order = 55
+
+        def before_batch(self):
+            if self.training and self.train_iter == 0:
+                raise CancelBatchException
+
+    quiet_fit(learn, 1, cbs=CancelFirst())
+    assert len(learn.fix_match.history) == 2
+
+
 def test_own_loss_back_before_any_validation(make_learner):
     "A cancelled training phase goes straight on to validation, which must not meet our loss"
     learn = make_learner()

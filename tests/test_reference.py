@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import no_bn, quiet_fit, tiny_net
 from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, OptimWrapper, nn, set_seed
 
-from fixmatch_fastai.all import FixMatch, FixedThreshold, Policy, PseudoLabels
+from fixmatch_fastai.all import FixedThreshold, FixMatch, Policy, PseudoLabels
 
 sgd = partial(OptimWrapper, opt=torch.optim.SGD)
 
