@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['OneCallLoss', 'own_loss', 'unpack', 'endless', 'FixMatch']
 
-# %% ../nbs/04_callback.ipynb #8fdb42d6
+# %% ../nbs/04_callback.ipynb #bb484566
 from copy import deepcopy
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -20,7 +21,7 @@ from .record import SemiRecorder, plot_pseudo_labels, plot_steps
 # %% ../nbs/04_callback.ipynb #7a98eb48
 class OneCallLoss:
     "Stands in the place of `learn.loss_func` for one call: puts the user's loss back, then computes `total(loss, pred)`"
-    def __init__(self, learn, total): self.learn,self.loss_func,self.total = learn,own_loss(learn),total
+    def __init__(self, learn, total): self.__dict__.update(learn=learn, loss_func=own_loss(learn), total=total)
 
     def __call__(self, pred, *yb):
         self.learn.loss_func = self.loss_func
@@ -29,6 +30,8 @@ class OneCallLoss:
     def __getattr__(self, name):
         if name.startswith('__') or 'loss_func' not in self.__dict__: raise AttributeError(name)
         return getattr(self.loss_func, name)
+
+    def __setattr__(self, name, v): setattr(self.loss_func, name, v) # `get_preds(with_loss=True)` sets `reduction`
 
     def __reduce__(self): return noop,(self.loss_func,)
 
@@ -79,9 +82,8 @@ class FixMatch(Callback):
     "Semi-supervised training on labelled and unlabelled images ([FixMatch](https://arxiv.org/abs/2001.07685), algorithm 1)"
     # after MixUp and CutMix (0) blend the labelled batch, which must not see ours; before GradientAccumulation (6) may cancel the step
     order,run_valid = 5,False
-    _stateattrs = ('_unlabeled_dl','_stream','_rows')
-    _unlabeled_dl = _stream = _rows = _learn = None
-    _n_classes = None
+    _stateattrs = ('_unlabeled_dl','_stream','_pending')
+    _unlabeled_dl = _stream = _pending = _learn = _n_classes = _home = None
 
     def __init__(self,
         unlabeled_dl,          # `dls.unlabeled_dl(items)`, or any loader of weak and strong views, see `unpack`
@@ -107,11 +109,14 @@ class FixMatch(Callback):
 
     @learn.setter
     def learn(self, learn):
-        if self._learn is not None:
+        if self._learn is not None and any(cb is self for cb in self._learn.cbs): # not so for a copy of an attached one
             self._clean_up()
             self._learn.remove_cb(self._recorder)
         self._learn = learn
-        if learn is not None: learn.add_cb(self._recorder)
+        if learn is None: return
+        if self._home != id(learn): self._home,self._n_classes = id(learn),None # another learner: the policy is set up anew
+        if self._recorder.learn is not None: self._recorder = SemiRecorder()
+        learn.add_cb(self._recorder)
 
 # %% ../nbs/04_callback.ipynb #4f542c23
 @patch
@@ -134,6 +139,7 @@ def _labeled(self:FixMatch)->Tensor: # Labelled images (B, channels, H, W)
     if len(self.yb) != 1: raise ValueError(f"FixMatch needs one target for each image, but this batch has {len(self.yb)}.")
     x,y = self.xb[0],self.yb[0]
     if not isinstance(x, Tensor) or not isinstance(y, Tensor): raise TypeError(f"FixMatch needs tensors, but this batch is {_said((x,y))}.")
+    if not x.is_floating_point(): raise ValueError(f"Labelled images must be floats, but are {x.dtype}: normalise them in the data set's transform, or add `IntToFloatTensor` to the batch transforms.")
     if y.is_floating_point() or y.ndim != 1:
         kind = 'segmentation, a class for each pixel' if y.ndim > 2 else 'multi-label' if y.ndim == 2 and y.shape[1] > 1 else 'regression, or binary with one logit'
         raise ValueError(f"FixMatch needs one class number for each image, but the target is {_said(y)} {y.dtype}, which looks like {kind}: use a CategoryBlock, and a model with one logit for each class.")
@@ -158,18 +164,24 @@ def before_batch(self:FixMatch):
     if views.shape[1:] != x.shape[1:]:
         raise ValueError(f"A view is {tuple(views.shape[1:])} (channels, height, width), but a labelled image is {tuple(x.shape[1:])}: "
                          "make the unlabelled loader from the learner's own `dls`, with `dls.unlabeled_dl(files)`, or resize its images to that size.")
-    self._rows = _Step(len(x), len(weak), truth, idxs)
+    self._pending = _Step(len(x), len(weak), truth, idxs)
     self.learn.xb = (torch.cat([x, views.to(x.dtype)]),)
 
 # %% ../nbs/04_callback.ipynb #822781a1
 @patch
 def _split_off(self:FixMatch):
     "Give the Learner its labelled rows back; return all inputs and predictions"
-    step,self._rows = self._rows,None
+    step,self._pending = self._pending,None
     xb,pred = self.xb[0],getattr(self.learn, 'pred', None)
     self.learn.xb = (xb[:step.n_x],)
     if isinstance(pred, Tensor): self.learn.pred = pred[:step.n_x]
     return step,xb,pred
+
+@patch
+def _set_up(self:FixMatch, policy, n_classes):
+    if self._n_classes == n_classes: return
+    pool = getattr(self._unlabeled_dl, 'dataset', None)
+    policy.setup(n_classes, len(pool) if hasattr(pool, '__len__') else None, self.model)
 
 @patch
 def after_pred(self:FixMatch):
@@ -177,10 +189,8 @@ def after_pred(self:FixMatch):
     if not isinstance(pred, Tensor) or pred.ndim != 2 or len(pred) != len(xb) or pred.shape[1] < 2:
         raise ValueError(f"FixMatch needs one row of logits for each image and one column for each class, (rows, classes), but the model returns {_said(pred)} for {len(xb)} images: "
                          "end the model in a linear layer with two or more outputs.")
-    if self._n_classes != pred.shape[1]:
-        pool = getattr(self._unlabeled_dl, 'dataset', None)
-        self.policy.setup(pred.shape[1], len(pool) if hasattr(pool, '__len__') else None, self.model)
-        self._n_classes = pred.shape[1]
+    self._set_up(self.policy, pred.shape[1])
+    self._n_classes = pred.shape[1]
     self.policy.to(pred.device)
     weak,strong = cast(pred, Tensor)[step.n_x:].split(step.n_u)
     x,views,y = xb[:step.n_x],xb[step.n_x:step.n_x+step.n_u],cast(self.yb[0], Tensor)
@@ -203,12 +213,12 @@ def _total(self:FixMatch, loss_x, step, batch, logits_strong):
 
 # %% ../nbs/04_callback.ipynb #a212383c
 def _tells_truth(dl):
-    "Does `dl` know classes, to report `pseudo_acc`? Ours says so; of a torch loader one item is looked at"
+    "Does `dl` know classes, to report `pseudo_acc`? Ours says so; of a torch loader the first item is looked at"
     if hasattr(dl, 'knows_truth'): return dl.knows_truth
     dataset = getattr(dl, 'dataset', None)
     if not hasattr(dataset, '__getitem__') or not hasattr(dataset, '__len__') or len(dataset) == 0: return False
     item = dataset[0]
-    return isinstance(item, (tuple,list)) and len(item) > 1 and _is_views(item[0]) and isinstance(item[1], (int,Tensor)) and bool(item[1] >= 0)
+    return isinstance(item, (tuple,list)) and len(item) > 1 and _is_views(item[0]) and (isinstance(item[1], Integral) or isinstance(item[1], Tensor) and item[1].numel() == 1) and bool(item[1] >= 0)
 
 @patch
 def _clean_up(self:FixMatch):
@@ -219,14 +229,14 @@ def _clean_up(self:FixMatch):
 
 @patch
 def _put_back(self:FixMatch):
-    self._rows = None
+    self._pending = None
     self.learn.loss_func = own_loss(self.learn)
 
 @patch
 def before_fit(self:FixMatch):
     self._clean_up()
-    if self.create_mbar and self._unlabeled_dl is not None: # not in `validate` and `get_preds`
-        self._recorder.start(['loss_x','loss_u','mask_rate'] + ['pseudo_acc']*_tells_truth(self._unlabeled_dl))
+    known = self.create_mbar and self._unlabeled_dl is not None and _tells_truth(self._unlabeled_dl) # not asked in `validate` and `get_preds`
+    self._recorder.start(['loss_x','loss_u','mask_rate'] + ['pseudo_acc']*known)
 
 # %% ../nbs/04_callback.ipynb #fafc7ecd
 @patch
@@ -241,7 +251,7 @@ def before_train(self:FixMatch):
 
 @patch
 def after_cancel_batch(self:FixMatch):
-    if self._rows is not None: self._split_off() # cancelled before `after_pred`: metrics still want labelled rows
+    if self._pending is not None: self._split_off() # cancelled before `after_pred`: metrics still want labelled rows
     self._put_back()
 
 @patch
@@ -273,17 +283,21 @@ def show_pseudo_labels(self:FixMatch,
     max_n:int=8, # Pairs to show
     ncols:int=8  # Pairs in a row
 ):
-    "Show fresh pairs with the model's present pseudo-labels: green ones count, grey ones don't, red ones count and are wrong"
+    "Show fresh pairs with the model's present pseudo-labels and their softmax: green ones count, grey ones don't, red ones count and are wrong"
     if self._unlabeled_dl is None: raise ValueError("This learner was loaded without its unlabelled images: there are none to show.")
     dl = self._unlabeled_dl
-    weak,strong,truth,idxs = unpack(dl.one_batch() if hasattr(dl, 'one_batch') else next(iter(dl)))
+    stream = endless(dl, self.learn.dls)
+    weak,strong,truth,idxs = unpack(next(stream))
+    stream.close()
     n = min(max_n, len(weak))
     training = self.model.training
     self.model.eval()
     with torch.no_grad():
         views = self._finish(to_device(weak[:n], next(self.model.parameters()).device))
         logits = cast(self.model(views), Tensor).float().cpu()
-        pseudo = deepcopy(self.policy).cpu()(SemiBatch(weak=views.cpu(), idxs=None if idxs is None else idxs[:n].cpu(), logits_weak=logits))
+        policy = deepcopy(self.policy).cpu() # what it remembers stays as it is
+        self._set_up(policy, logits.shape[1])
+        pseudo = policy(SemiBatch(weak=views.cpu(), idxs=None if idxs is None else idxs[:n].cpu(), logits_weak=logits))
     self.model.train(training)
     targets = pseudo.targets.argmax(1) if pseudo.targets.ndim == 2 else pseudo.targets
     tfm = getattr(getattr(dl, 'dataset', None), 'tfm', getattr(getattr(dl, 'dataset', None), 'transform', None))

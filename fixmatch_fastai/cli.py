@@ -53,7 +53,7 @@ class Comparison:
         n_labels:int=40,      # Labelled images in all, a multiple of the number of classes
         n_unlabeled:int=None, # Unlabelled images in all; default: every other training image
         threshold:float=0.95, # Of `FixMatch`
-        steps:int=500,        # Of either method
+        steps:int=500,        # Of either method, rounded up to a multiple of `n_points`
         n_test:int=None,      # Held-out images at least, equally many of each class but for the last few; default: a quarter
         size:int=None,        # Resize to a square of this side; default: leave as they are
         flip:bool=True,       # Flip images? Not for digits and text
@@ -63,7 +63,8 @@ class Comparison:
         num_workers:int=2,    # Processes that make views, beside the one that trains
         n_points:int=10       # How often the test accuracy is measured on the way
     ):
-        self.threshold,self.steps,self.bs,self.mu,self.lr,self.num_workers,self.n_points = threshold,steps,bs,mu,lr,num_workers,min(n_points, steps)
+        self.threshold,self.bs,self.mu,self.lr,self.num_workers,self.n_points = threshold,bs,mu,lr,num_workers,min(n_points, steps)
+        self.steps = -(-steps//self.n_points)*self.n_points # whole epochs
         self.n_labels,self.n_unlabeled,self.size,self.weak = n_labels,n_unlabeled,size,weak_augment(flip=flip)
         n_classes = len({parent_label(o) for o in files})
         if n_classes < 2: raise ValueError("There must be images of two classes or more, each class in a folder of its own.")
@@ -89,7 +90,7 @@ class Comparison:
         block = DataBlock(blocks=(ImageBlock(self.img_cls), CategoryBlock), get_y=parent_label, splitter=IndexSplitter(range(len(labeled), len(items))),
                           item_tfms=([] if self.size is None else [Resize(self.size)]) + [WeakTransform(self.weak)],
                           batch_tfms=Normalize.from_stats([0.3]*n_in, [0.33]*n_in, cuda=False))
-        dls = block.dataloaders(items, bs=self.bs, val_bs=256, num_workers=0).repeat_train(-(-self.steps//self.n_points))
+        dls = block.dataloaders(items, bs=self.bs, val_bs=256, num_workers=0).repeat_train(self.steps//self.n_points)
         learn = Learner(dls, small_cnn(n_in, dls.c), metrics=accuracy)
         if not semi: return learn
         unlabeled_dl = dls.unlabeled_dl(pool, mu=self.mu, tfm=FixMatchTransform(weak=self.weak), label_func=parent_label, num_workers=self.num_workers)
@@ -99,12 +100,11 @@ class Comparison:
         seeds:int=3 # How many: each chooses other labels, starting weights and views
     ):
         "Train both methods with each seed, with one progress bar for all"
-        per_run = -(-self.steps//self.n_points)*self.n_points
-        bar = progress_bar(range(2*seeds*per_run))
+        bar = progress_bar(range(2*seeds*self.steps))
         bar.update(0)
         for i,(seed,semi) in enumerate((s,m) for s in range(seeds) for m in (False,True)):
             learn,start = self.learner(seed, semi),time.perf_counter()
-            with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(self.n_points, self.lr, cbs=_Bar(bar, i*per_run))
+            with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(self.n_points, self.lr, cbs=_Bar(bar, i*self.steps))
             accs = [v[2] for v in learn.recorder.values]
             self.rows.append(dict(method='FixMatch' if semi else 'supervised', seed=seed, accuracy=accs[-1], seconds=round(time.perf_counter()-start, 1)))
             self.curves.append(accs)
@@ -135,7 +135,7 @@ def report(self:Comparison)->str:
 def plot(self:Comparison, ax=None):
     "Test accuracy over the steps: a thin line a seed, a thick one for the mean"
     ax = ax or plt.subplots(figsize=(5.5,3.5), layout='constrained')[1]
-    steps = -(-self.steps//self.n_points)*np.arange(1, self.n_points+1)
+    steps = self.steps//self.n_points*np.arange(1, self.n_points+1)
     for method,color in (('supervised','C7'), ('FixMatch','C0')):
         curves = 100*np.array([c for r,c in zip(self.rows, self.curves) if r['method'] == method])
         ax.plot(steps, curves.T, color=color, alpha=.35, lw=.8)
@@ -192,6 +192,6 @@ def main(argv=None):
         comparison = Comparison(files, args.labels, args.unlabeled, args.threshold, args.steps, **opts)
         comparison.learner(0, True) # what is wrong with the arguments shows here, not after minutes
     except ValueError as e: parser.error(str(e))
-    print(f'{len(comparison.train)} training and {len(comparison.test)} test images, {args.labels} labels; {args.seeds} × supervised, {args.seeds} × FixMatch, {args.steps} steps each')
+    print(f'{len(comparison.train)} training and {len(comparison.test)} test images, {args.labels} labels; {args.seeds} × supervised, {args.seeds} × FixMatch, {comparison.steps} steps each')
     comparison.run(args.seeds).save(args.out)
     print(f'\n{comparison.report()}\n\nSaved to {args.out}: results.csv, accuracy.png, training.png, pseudo_labels.png')

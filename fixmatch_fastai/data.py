@@ -59,7 +59,7 @@ def split_labeled(
     for i in order: by_class.setdefault(label_func(rows[i]), []).append(i)
     if not by_class: raise ValueError("There are no items to split.")
     n_classes,each = len(by_class),n_labels//len(by_class)
-    if each == 0 or n_labels%n_classes:
+    if each <= 0 or n_labels%n_classes:
         raise ValueError(f"{n_labels} labels can't be shared equally among {n_classes} classes: use a multiple of {n_classes}, for example {max(1,round(n_labels/n_classes))*n_classes}.")
     short = {c: len(o) for c,o in by_class.items() if len(o) < each}
     if short: raise ValueError(f"{n_labels} labels are {each} for each class, but there are fewer images of {short}: use fewer labels, or leave these classes out.")
@@ -84,7 +84,9 @@ class RepeatDL(TfmdDL):
         return idxs[:n]
 
     def new(self, dataset=None, cls=None, **kwargs):
-        if self.shuffle and kwargs.get('shuffle') is False: return self.base.new(dataset, cls, **kwargs) # `get_preds(ds_idx=0)`: each item once
+        if self.shuffle and False in (kwargs.get('shuffle'), kwargs.get('drop_last')): # `get_preds(ds_idx=0)`, `tta`: each item once
+            # with the transforms of now: `vision_learner` adds `Normalize` to this loader, not to its base
+            return self.base.new(dataset, cls, **{o: getattr(self, o) for o in ('device','after_item','before_batch','after_batch')}, **kwargs)
         if not issubclass(cls or type(self), RepeatDL): return super().new(dataset, cls, **kwargs)
         base = self.base if dataset is None else self.base.new(dataset)
         return super().new(dataset, cls, **{'base': base, 'n_batches': self.n_batches, **kwargs})
@@ -95,11 +97,11 @@ def repeat_train(self:DataLoaders,
     n_batches:int # Length of an epoch, in batches
 )->DataLoaders: # New `DataLoaders`; these stay as they are
     "An epoch of exactly `n_batches` full labelled batches, however few the labels, reshuffled on each pass; validation as before"
-    train = getattr(self.train, 'base', self.train) if isinstance(self.train, RepeatDL) else self.train
+    train = self.train
     if not isinstance(train, TfmdDL): raise TypeError(f"`repeat_train` needs fastai's DataLoaders, but the training loader is a {type(train).__name__}: repeat its sampler instead.")
-    if n_batches < 1: raise ValueError(f"`n_batches` must be 1 or more, but got {n_batches}.")
+    if not isinstance(n_batches, int) or n_batches < 1: raise ValueError(f"`n_batches` must be a whole number, 1 or more, but got {n_batches}.")
     if not train.n: raise ValueError("The training set is empty: there is nothing to repeat.")
-    repeated = train.new(cls=RepeatDL, base=train, n_batches=n_batches)
+    repeated = train.new(n_batches=n_batches) if isinstance(train, RepeatDL) else train.new(cls=RepeatDL, base=train, n_batches=n_batches)
     # copies of the others too: `vision_learner` adds `Normalize` to all loaders of its `dls`, and must not add it to half of these
     return type(self)(repeated, *[dl.new() for dl in self.loaders[1:]], path=self.path, device=self.device)
 
@@ -164,7 +166,7 @@ class UnlabeledViews:
 
     def label(self, i):
         "Class number of image `i`, -1 where it is unknown"
-        y = self.label_func(self.items[i])
+        y = self.label_func(self.items.iloc[i] if hasattr(self.items, 'iloc') else self.items[i])
         return self.o2i.get(y, -1) if self.o2i else -1 if y is None else int(y)
 
     def image(self, i):
@@ -174,8 +176,11 @@ class UnlabeledViews:
         return img if self.size is None or img.size == self.size else img.resize(self.size, Image.Resampling.BILINEAR)
 
     def __getitem__(self, i):
-        weak,strong = self.tfm(self.image(i))
-        return (weak,strong,i) if self.label_func is None else ((weak,strong),self.label(i),i)
+        views = self.tfm(self.image(i))
+        if not (isinstance(views, (tuple,list)) and len(views) == 2 and all(isinstance(v, torch.Tensor) and v.ndim == 3 for v in views)):
+            said = ', '.join(type(v).__name__ for v in views) if isinstance(views, (tuple,list)) else type(views).__name__
+            raise TypeError(f"The view transform must return two tensors (channels, H, W), weak and strong, but it returned {said}: use `FixMatchTransform(weak=..., strong=...)` around functions of PIL images.")
+        return (*views,i) if self.label_func is None else (tuple(views),self.label(i),i)
 
 # %% ../nbs/01_data.ipynb #4482dbc0
 class _EndlessBatches:
@@ -259,9 +264,13 @@ def unlabeled_dl(self:DataLoaders,
     if getattr(valid, 'n_inp', 1) != 1: raise ValueError(f"`unlabeled_dl` makes views of one image, but the model of these DataLoaders takes {valid.n_inp} inputs.")
     if unknown := set(kwargs)-set(_dl_kwargs): raise TypeError(f"`unlabeled_dl` takes no argument {sorted(unknown)}: use any of {', '.join(_dl_kwargs)}.")
     if not isinstance(mu, int) or mu < 1: raise ValueError(f"`mu` is a number of unlabelled images for each labelled one, 1 or more, but got {mu}.")
+    if isinstance(items, (str,Path)): raise TypeError(f"`items` must be images, not the folder {str(items)!r}: use `get_image_files({str(items)!r})`.")
     if not hasattr(items, '__len__'): items = list(items)
     if len(items) == 0: raise ValueError("The pool of unlabelled images is empty: check the folder it was read from.")
-    if kwargs.get('bs') is not None: mu = None
+    bs = kwargs.get('bs')
+    if bs is not None:
+        if not isinstance(bs, int) or bs < 1: raise ValueError(f"`bs` is a number of unlabelled images in a batch, 1 or more, but got {bs}.")
+        mu = None
     opts = dict(bs=self.train.bs*(mu or 1), num_workers=self.train.fake_l.num_workers, device=self.device,
                 pin_memory=torch.cuda.is_available() and torch.device(self.device or 'cpu').type == 'cuda')
     views = UnlabeledViews(test_set(valid.dataset, items), self, tfm or FixMatchTransform(), label_func)

@@ -59,9 +59,9 @@ class Policy(nn.Module):
         "An extra term of the loss, 0 by default"
         return 0.
 
-# %% ../nbs/02_policy.ipynb #f37bfbd3
+# %% ../nbs/02_policy.ipynb #2a562c22
 def _check_range(name, v, low, high):
-    if not low <= v <= high: raise ValueError(f"`{name}` must be between {low} and {high}, but got {v}.")
+    if not isinstance(v, (int,float)) or not low <= v <= high: raise ValueError(f"`{name}` must be between {low} and {high}, but got {v}.")
 
 class FixedThreshold(Policy):
     "Hard labels of which the model is sure enough ([FixMatch](https://arxiv.org/abs/2001.07685), equation 4)"

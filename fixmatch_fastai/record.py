@@ -31,9 +31,11 @@ class SemiRecorder(Callback):
         self._columns,self._fresh = tuple(columns),True
 
     def before_fit(self):
-        self._place = None
-        if not self.create_mbar: return # `validate` and `get_preds` train nothing: no columns
         names = self.learn.recorder.metric_names
+        # `validate` and `get_preds` train nothing: no columns. They are told by the progress bar that fastai takes from them
+        if set(self._columns) & set(names): return
+        self._place = None
+        if not self.create_mbar: return
         self._place = len(names) - (names[-1] == 'time')
         names[self._place:self._place] = list(self._columns)
 
@@ -75,8 +77,8 @@ class SemiRecorder(Callback):
         self._values = [values[o] for o in self._columns]
 
     def after_validate(self):
-        if self._place is None: return
         recorder = self.learn.recorder
+        if self._place is None or len(recorder.log) > self._place: return
         recorder.log += [float('nan')]*(self._place-len(recorder.log)) # where training or validation was cut short, Recorder leaves values out
         recorder.log += self._values
 

@@ -139,8 +139,10 @@ def test_dataframe_and_colour(digits, pool):
 
     df = pd.DataFrame(dict(name=[str(o) for o in digits[::90]], label=[parent_label(o) for o in digits[::90]]))
     dls = ImageDataLoaders.from_df(df, path='/', fn_col='name', label_col='label', bs=4, num_workers=0, item_tfms=Resize(20), seed=0, img_cls=PILImage)
-    weak, strong, _ = dls.unlabeled_dl(df, mu=2).one_batch()
+    (weak, strong), y, idxs = dls.unlabeled_dl(df, mu=2, label_func=lambda row: row['label']).one_batch()
     assert weak.shape == strong.shape == (8, 3, 20, 20)
+    known = [(dls.vocab[i], df.label.iloc[j]) for i, j in zip(y.tolist(), idxs.tolist()) if i >= 0]
+    assert len(known) >= 5 and all(a == b for a, b in known)
 
 
 def test_show_batch(make_dls, pool):

@@ -5,7 +5,7 @@ import torch
 from conftest import quiet_fit, tiny_net
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, nn
 
-from fixmatch_fastai.all import FixedThreshold, FixMatch, Policy, PseudoLabels
+from fixmatch_fastai.all import FixedThreshold, FixMatch, Policy, PseudoLabels, split_labeled
 
 
 def loaders(y=None, x=None, n=2):
@@ -105,6 +105,31 @@ def test_unlabeled_loader(loader, exc, match):
     quiet_fit(learn, 1)
 
 
+def test_labeled_images_that_are_not_floats():
+    data = [(torch.zeros(4, 1, 16, 16, dtype=torch.uint8), torch.zeros(4, dtype=torch.long))]
+    refused(DataLoaders(data, data), tiny_net(), views(), ValueError, 'must be floats, but are torch.uint8')
+
+
+def test_arguments_of_the_loader(make_dls, pool):
+    dls = make_dls()
+    for bad, exc, match in (
+        (dict(items=pool[0].parent), TypeError, r'use `get_image_files\('),
+        (dict(items=str(pool[0].parent)), TypeError, r'use `get_image_files\('),
+        (dict(items=pool, bs=0), ValueError, '1 or more'),
+        (dict(items=pool, mu=1.5), ValueError, '1 or more'),
+        (dict(items=[]), ValueError, 'is empty'),
+    ):
+        with pytest.raises(exc, match=match):
+            dls.unlabeled_dl(**bad)
+    for tfm in (lambda o: o, lambda o: (o, o), lambda o: torch.zeros(1, 4, 4)):
+        with pytest.raises(TypeError, match='must return two tensors'):
+            dls.unlabeled_dl(pool, tfm=tfm).one_batch()
+    with pytest.raises(ValueError, match='whole number'):
+        dls.repeat_train(2.5)
+    with pytest.raises(ValueError, match='a multiple of 10'):
+        split_labeled(pool, lambda o: o.parent.name, -10)
+
+
 def test_fewer_labels_than_bs(make_dls, make_learner, pool):
     dls = make_dls(bs=64, n_batches=None)
     learn = make_learner(dls=dls)
@@ -126,6 +151,7 @@ def test_two_callbacks(make_learner, make_dls, pool):
     'kwargs,exc,match',
     [
         (dict(threshold=1.1), ValueError, 'between 0 and 1'),
+        (dict(threshold='high'), ValueError, 'between 0 and 1'),
         (dict(threshold=-0.1), ValueError, 'between 0 and 1'),
         (dict(T=0), ValueError, 'above 0'),
         (dict(T=-1), ValueError, 'above 0'),

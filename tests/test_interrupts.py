@@ -46,6 +46,8 @@ class Raise(Callback):
 
 def usable(learn, item):
     "Predicts, validates, pickles its loss, exports and trains on, as if nothing had been"
+    learn.get_preds(with_loss=True)  # sets `reduction` of whatever stands in the loss's place
+    assert learn.loss_func.reduction == 'mean'
     assert learn.predict(item)[0] in learn.dls.vocab
     assert type(learn.loss_func) is CrossEntropyLossFlat
     loss, acc = learn.validate()

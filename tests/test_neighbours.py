@@ -2,9 +2,10 @@
 
 import csv
 import math
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -23,11 +24,13 @@ from fastai.vision.all import (
     Interpretation,
     LabelSmoothingCrossEntropy,
     Learner,
+    MixedPrecision,
     MixUp,
     Normalize,
     OptimWrapper,
     PILImage,
     Resize,
+    ResizeMethod,
     SaveModelCallback,
     ShortEpochCallback,
     accuracy,
@@ -42,7 +45,7 @@ from fastai.vision.all import (
     vision_learner,
 )
 
-from fixmatch_fastai.all import FixMatch, FixMatchTransform, split_labeled
+from fixmatch_fastai.all import FixedThreshold, FixMatch, FixMatchTransform, split_labeled
 from fixmatch_fastai.callback import OneCallLoss
 
 COLUMNS = ['loss_x', 'loss_u', 'mask_rate', 'pseudo_acc']
@@ -117,7 +120,7 @@ def test_gradient_accumulation_equals_whole_batch():
 
 @pytest.mark.parametrize(
     'cbs',
-    [[GradientClip(0.1)], [GradientAccumulation(6)], [MixUp(), GradientAccumulation(8), GradientClip()], [ShortEpochCallback(0.5)], [ShortEpochCallback(0.5, False)]],
+    [[MixedPrecision()], [GradientClip(0.1)], [GradientAccumulation(6)], [MixUp(), GradientAccumulation(8), GradientClip()], [ShortEpochCallback(0.5)], [ShortEpochCallback(0.5, False)]],
     ids=lambda cbs: '+'.join(type(c).__name__ for c in cbs),
 )
 def test_callbacks(make_learner, cbs):
@@ -375,6 +378,97 @@ def test_progressive_resizing(jpegs, presize):
     learn.add_cb(Look())
     quiet_fit(learn, 1)
     assert shapes == [(4 + 2 * 8, 3, 24, 24)] * 2
+
+
+def test_repeat_train_keeps_the_transforms_of_now(jpegs, monkeypatch):
+    "`vision_learner` adds Normalize to the repeated loader: predictions on the training set, and longer epochs, must have it too"
+    fake_weights(monkeypatch)
+    dls = ImageDataLoaders.from_folder(jpegs / 'labeled', valid_pct=0.2, item_tfms=Resize(32, ResizeMethod.Squish), bs=8, num_workers=0).repeat_train(2)
+    learn = vision_learner(dls, resnet18)
+    items = list(dls.train_ds.items)
+    expected, _ = learn.get_preds(dl=dls.test_dl(items))
+    torch.testing.assert_close(learn.get_preds(ds_idx=0)[0], expected)
+    assert len(learn.tta(ds_idx=0, n=1)[0]) == len(items)
+    longer = dls.repeat_train(5)
+    assert len(longer.train) == 5
+    assert [type(t) for t in longer.train.after_batch.fs] == [type(t) for t in longer.valid.after_batch.fs]
+    assert longer.train.one_batch()[0].min() < -1, 'normalised'
+
+
+def test_pictures_follow_progressive_resizing(make_dls, make_learner):
+    learn = make_learner()
+    quiet_fit(learn, 1)
+    learn.dls = make_dls(item_tfms=Resize(24))
+    seen = []
+    learn.model.register_forward_pre_hook(lambda m, x: seen.append(tuple(x[0].shape[1:])))
+    learn.fix_match.show_pseudo_labels(3)
+    assert seen == [(1, 24, 24)]
+
+
+class Remembers(FixedThreshold):
+    "A policy that needs `setup`"
+
+    def setup(self, n_classes, n_unlabeled, model):
+        self.seen, self.model = torch.zeros(n_classes), [model]
+
+    def forward(self, batch):
+        self.seen += torch.bincount(batch.probs.argmax(1), minlength=len(self.seen)).cpu()
+        return super().forward(batch)
+
+
+def test_policy_is_set_up_once_for_a_learner(make_learner):
+    a = make_learner(fixmatch=dict(policy=Remembers(), threshold=0.95))
+    fm = a.fix_match
+    fm.show_pseudo_labels(2)
+    assert not hasattr(fm.policy, 'seen'), 'pictures leave the policy as it is'
+    quiet_fit(a, 1)
+    assert fm.policy.seen.sum() == 3 * 8 and fm.policy.model[0] is a.model
+    fm.show_pseudo_labels(2)
+    assert fm.policy.seen.sum() == 3 * 8
+    quiet_fit(a, 1)
+    assert fm.policy.seen.sum() == 6 * 8, 'it remembers from fit to fit'
+    a.remove_cb(fm)
+    b = make_learner()
+    b.remove_cb(FixMatch)
+    quiet_fit(b, 1, cbs=fm)
+    assert fm.policy.seen.sum() == 3 * 8 and fm.policy.model[0] is b.model, 'another learner: set up anew'
+
+
+def test_callbacks_taken_off_and_put_back(make_learner):
+    learn = make_learner()
+    with learn.removed_cbs(list(learn.cbs)):
+        pass
+    quiet_fit(learn, 1)
+    assert learn.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', *COLUMNS, 'time']
+    assert len(learn.recorder.values[-1]) == 7
+
+
+def test_copy_leaves_the_original_alone(make_learner):
+    a, b = make_learner(), make_learner()
+    other = copy(a.fix_match)
+    b.remove_cb(FixMatch)
+    b.add_cb(other)
+    quiet_fit(a, 1)
+    assert len(a.recorder.values[-1]) == 7
+    with pytest.raises(ValueError, match='without its unlabelled images'):
+        quiet_fit(b, 1)
+
+
+def test_history_is_of_the_last_fit(make_learner):
+    learn = make_learner()
+    for _ in range(2):
+        with learn.no_mbar():
+            quiet_fit(learn, 1)
+        assert len(learn.fix_match.history) == 3
+
+
+def test_numpy_labels_are_known():
+    x = torch.randn(8, 1, 16, 16)
+    data = [((v, v + 1), np.int64(i % 3)) for i, v in enumerate(x)]
+    train = [(x[:4], torch.zeros(4, dtype=torch.long))]
+    learn = Learner(DataLoaders(train, train), tiny_net(), CrossEntropyLossFlat(), cbs=FixMatch(torch.utils.data.DataLoader(data, batch_size=4), threshold=0))
+    quiet_fit(learn, 1)
+    assert 'pseudo_acc' in learn.recorder.metric_names
 
 
 def test_split_labeled_then_train(jpegs):
