@@ -76,9 +76,9 @@ def outputs():
         cells = [c for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
         outs = [o for c in cells for o in c['outputs']]
         if any(o['output_type'] == 'error' for o in outs):
-            yield f'{name} is saved with an error: mend the cell and run `.venv/bin/nbdev-test {name} --save`.'
+            yield f'{name} is saved with an error: mend the cell and run `make outputs`.'
         if cells and not outs:
-            yield f'{name} is saved without outputs: run `.venv/bin/nbdev-test {name} --save`.'
+            yield f'{name} is saved without outputs: run `make outputs`.'
         texts = (''.join(v) for o in outs for k, v in [('text', o.get('text', '')), *o.get('data', {}).items()] if 'image' not in k)
         if found := next((m for m in (re.search(rf'{re.escape(str(ROOT))}|/(home|root|Users)/\w\S*', t) for t in texts) if m), None):
             yield f'{name} shows a path of one machine ({found[0]}): silence the warning or show less, and save it again.'
