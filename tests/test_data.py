@@ -4,11 +4,15 @@ import subprocess
 import sys
 import textwrap
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import quiet_fit
-from fastai.vision.all import DataLoaders, ImageDataLoaders, Learner, PILImage, Resize, parent_label, set_seed
+from conftest import quiet_fit, tiny_net
+from fastai.callback.data import WeightedDL
+from fastai.vision.all import DataLoaders, FlipItem, ImageDataLoaders, Learner, PILImage, Resize, parent_label, set_seed
+from PIL import Image
 
 from fixmatch_fastai.all import FixMatch, FixMatchTransform, weak_augment
 
@@ -102,8 +106,6 @@ def test_repeat_train_validates_and_predicts_as_before(make_dls, digits):
     assert (len(short.train), len(long.train)) == (5, 7)
     for a, b in zip(short.valid, long.valid):
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    from conftest import tiny_net
-
     learn = Learner(long, tiny_net())
     assert len(learn.get_preds(ds_idx=0)[0]) == 20, 'each training image once'
     quiet_fit(learn, 1)
@@ -113,8 +115,6 @@ def test_repeat_train_validates_and_predicts_as_before(make_dls, digits):
 
 def test_repeat_train_keeps_weights(make_dls, digits):
     "A loader that draws by weight still does"
-    from fastai.callback.data import WeightedDL
-
     dls = make_dls(n_batches=None)
     weighted = dls.train.new(cls=WeightedDL, wgts=[1.0] + [0.0] * 19)
     idxs = DataLoaders(weighted, dls.valid, device='cpu').repeat_train(4).train.get_idxs()
@@ -123,20 +123,14 @@ def test_repeat_train_keeps_weights(make_dls, digits):
 
 def test_flip_stays_out_of_pool_images(make_dls, pool):
     "Random item transforms are for training images; the pool is opened as validation opens its images"
-    from fastai.vision.all import FlipItem
-
     dls = make_dls(item_tfms=FlipItem(p=1.0))
     loader = dls.unlabeled_dl(pool, tfm=FixMatchTransform(weak=lambda o: o, strong=lambda o: o), shuffle=False)
     weak, _, idxs = loader.one_batch()
-    from PIL import Image
-
     assert np.array_equal(weak[3, 0].numpy(), np.asarray(Image.open(pool[3])))
     assert idxs[:4].tolist() == [0, 1, 2, 3]
 
 
 def test_dataframe_and_colour(digits, pool):
-    import pandas as pd
-
     df = pd.DataFrame(dict(name=[str(o) for o in digits[::90]], label=[parent_label(o) for o in digits[::90]]))
     dls = ImageDataLoaders.from_df(df, path='/', fn_col='name', label_col='label', bs=4, num_workers=0, item_tfms=Resize(20), seed=0, img_cls=PILImage)
     (weak, strong), y, idxs = dls.unlabeled_dl(df, mu=2, label_func=lambda row: row['label']).one_batch()
@@ -146,8 +140,6 @@ def test_dataframe_and_colour(digits, pool):
 
 
 def test_show_batch(make_dls, pool):
-    import matplotlib.pyplot as plt
-
     dls = make_dls()
     for tfm in (None, FixMatchTransform(0.3, 0.3, weak=weak_augment(flip=False)), lambda o: (torch.rand(1, 16, 16),) * 2):
         plt.close('all')
@@ -166,8 +158,6 @@ def test_loader_shows_on_device_and_copies(make_dls, pool):
 
 def test_fixmatch_uses_bs_given(make_dls, pool):
     dls = make_dls()
-    from conftest import tiny_net
-
     learn = Learner(dls, tiny_net(), cbs=FixMatch(dls.unlabeled_dl(pool, bs=3, num_workers=0)))
     quiet_fit(learn, 1)
     assert learn.fix_match._recorder._steps[:, 6].tolist() == [3, 3, 3]

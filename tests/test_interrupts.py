@@ -32,7 +32,7 @@ EVENTS = [e for e in _events if e != 'after_create']
 
 
 class Raise(Callback):
-    "Raises `exc` the second time `event` comes, before or after all others"
+    "Raises `exc` the second time `event` comes (the first, where it comes once a fit), before or after all others"
 
     def __init__(self, event, exc, order):
         self._event, self._exc, self.order, self._times = event, exc, order, 0
@@ -40,7 +40,7 @@ class Raise(Callback):
     def __call__(self, event_name):
         if event_name == self._event:
             self._times += 1
-            if self._times == min(2, {'before_fit': 1, 'after_fit': 1}.get(event_name, 2)):
+            if self._times == (1 if event_name in ('before_fit', 'after_fit') else 2):
                 raise self._exc('stop')
 
 
