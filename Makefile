@@ -45,7 +45,7 @@ unit: $(READY) ## Run the tests in tests/
 	@$(BIN)/python -m pytest
 
 outputs: $(READY) ## Run all notebooks in Jupyter and save what they show
-	@$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace $$(find nbs -name '*.ipynb' -not -path '*/.*')
+	@OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace $$(find nbs -name '*.ipynb' -not -path '*/.*')
 	@$(BIN)/nbdev-clean
 
 docs: pages ## Write the pages in docs/ and README.md, and build the site in _site/

@@ -86,7 +86,8 @@ class RepeatDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         if self.shuffle and False in (kwargs.get('shuffle'), kwargs.get('drop_last')): # `get_preds(ds_idx=0)`, `tta`: each item once
             # with the transforms of now: `vision_learner` adds `Normalize` to this loader, not to its base
-            return self.base.new(dataset, cls, **{o: getattr(self, o) for o in ('device','after_item','before_batch','after_batch')}, **kwargs)
+            now = {o: getattr(self, o) for o in ('device','after_item','before_batch','after_batch')}
+            return self.base.new(dataset, cls, **{**now, **kwargs})
         if not issubclass(cls or type(self), RepeatDL): return super().new(dataset, cls, **kwargs)
         base = self.base if dataset is None else self.base.new(dataset)
         return super().new(dataset, cls, **{'base': base, 'n_batches': self.n_batches, **kwargs})

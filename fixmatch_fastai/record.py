@@ -58,8 +58,9 @@ class SemiRecorder(Callback):
 
     def _fetch(self):
         "Take the noted steps off the device in one copy: rows of loss_x, loss_u, mask_rate, correct, counted, B, M"
-        rows,counts = zip(*self._rows) if self._rows else ([torch.zeros(0)],[()])
-        new = np.hstack([torch.stack(rows).cpu().numpy(), np.array(counts)]).reshape(-1,7)
+        if not self._rows: return np.zeros((0,7))
+        rows,counts = zip(*self._rows)
+        new = np.hstack([torch.stack(rows).cpu().numpy(), np.array(counts)])
         self._rows,self._steps = [],np.vstack([self._steps,new])
         return new
 

@@ -389,6 +389,8 @@ def test_repeat_train_keeps_the_transforms_of_now(jpegs, monkeypatch):
     expected, _ = learn.get_preds(dl=dls.test_dl(items))
     torch.testing.assert_close(learn.get_preds(ds_idx=0)[0], expected)
     assert len(learn.tta(ds_idx=0, n=1)[0]) == len(items)
+    plain = dls.train.new(shuffle=False, after_batch=[], device='cpu').one_batch()[0]
+    assert plain.dtype == torch.uint8, 'what is asked for goes before what is there'
     longer = dls.repeat_train(5)
     assert len(longer.train) == 5
     assert [type(t) for t in longer.train.after_batch.fs] == [type(t) for t in longer.valid.after_batch.fs]
