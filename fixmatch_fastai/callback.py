@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OneCallLoss', 'own_loss', 'unpack', 'endless', 'FixMatch']
 
-# %% ../nbs/04_callback.ipynb #bb484566
+# %% ../nbs/04_callback.ipynb #b7450a36
+from contextlib import contextmanager
 from copy import deepcopy
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_basics import Pipeline, Tensor, TensorImage, cast, compose_tfms, noop, patch, to_device
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .policy import FixedThreshold, Policy, SemiBatch
 from .record import SemiRecorder, plot_pseudo_labels, plot_steps
@@ -82,20 +84,21 @@ class FixMatch(Callback):
     "Semi-supervised training on labelled and unlabelled images ([FixMatch](https://arxiv.org/abs/2001.07685), algorithm 1)"
     # after MixUp and CutMix (0) blend the labelled batch, which must not see ours; before GradientAccumulation (6) may cancel the step
     order,run_valid = 5,False
-    _stateattrs = ('_unlabeled_dl','_stream','_pending')
-    _unlabeled_dl = _stream = _pending = _learn = _n_classes = _home = None
+    _stateattrs = ('_unlabeled_dl','_stream','_pending','_set_for','_before_lr_find')
+    _unlabeled_dl = _stream = _pending = _learn = _set_for = _before_lr_find = None
 
     def __init__(self,
         unlabeled_dl,          # `dls.unlabeled_dl(items)`, or any loader of weak and strong views, see `unpack`
         threshold:float=0.95,  # Smallest confidence with which a pseudo-label counts, 0 to 1 (τ of the paper)
-        lambda_u:float=1.0,    # Weight of the unlabelled loss, 0 or more (λ_u)
+        lambda_u:float=1.0,    # Weight of the unlabelled loss, 0 or more (λ_u); or a schedule of it over the fit, as `SchedLin(0, 1)`
         T:float=1.0,           # Temperature of the confidence, above 0; below 1 it sharpens
         policy:Policy=None,    # Which pseudo-labels count; default `FixedThreshold(threshold, T)`
         forward:str='joint'    # `'joint'`: labelled, weak and strong images in one pass, as in the paper
     ):
         if not hasattr(unlabeled_dl, '__iter__'):
             raise TypeError(f"`unlabeled_dl` must be a loader, but is a {type(unlabeled_dl).__name__}: make it with `dls.unlabeled_dl(files)`.")
-        if not lambda_u >= 0: raise ValueError(f"`lambda_u`, the weight of the unlabelled loss, must be 0 or more, but got {lambda_u}.")
+        if not all(o >= 0 for o in (map(lambda_u, (0.,.5,1.)) if callable(lambda_u) else [lambda_u])):
+            raise ValueError(f"`lambda_u`, the weight of the unlabelled loss, must be 0 or more" + (" throughout." if callable(lambda_u) else f", but got {lambda_u}."))
         if forward != 'joint': raise ValueError(f"`forward` must be 'joint', but got {forward!r}.")
         if policy is not None and (threshold,T) != (0.95,1.0):
             raise ValueError("Give either `policy`, or `threshold` and `T`: a policy has its own, as in `FixedThreshold(threshold, T)`.")
@@ -114,7 +117,6 @@ class FixMatch(Callback):
             self._learn.remove_cb(self._recorder)
         self._learn = learn
         if learn is None: return
-        if self._home != id(learn): self._home,self._n_classes = id(learn),None # another learner: the policy is set up anew
         if self._recorder.learn is not None: self._recorder = SemiRecorder()
         learn.add_cb(self._recorder)
 
@@ -179,9 +181,12 @@ def _split_off(self:FixMatch):
 
 @patch
 def _set_up(self:FixMatch, policy, n_classes):
-    if self._n_classes == n_classes: return
-    pool = getattr(self._unlabeled_dl, 'dataset', None)
-    policy.setup(n_classes, len(pool) if hasattr(pool, '__len__') else None, self.model)
+    "Set the policy up, unless it has been for this model and as many classes; returns for what"
+    model = self.model.module if isinstance(self.model, (DataParallel,DistributedDataParallel)) else self.model
+    if self._set_for is None or self._set_for[0] is not model or self._set_for[1] != n_classes:
+        pool = getattr(self._unlabeled_dl, 'dataset', None)
+        policy.setup(n_classes, len(pool) if hasattr(pool, '__len__') else None, model)
+    return model,n_classes
 
 @patch
 def after_pred(self:FixMatch):
@@ -189,9 +194,9 @@ def after_pred(self:FixMatch):
     if not isinstance(pred, Tensor) or pred.ndim != 2 or len(pred) != len(xb) or pred.shape[1] < 2:
         raise ValueError(f"FixMatch needs one row of logits for each image and one column for each class, (rows, classes), but the model returns {_said(pred)} for {len(xb)} images: "
                          "end the model in a linear layer with two or more outputs.")
-    self._set_up(self.policy, pred.shape[1])
-    self._n_classes = pred.shape[1]
+    self._set_for = self._set_up(self.policy, pred.shape[1])
     self.policy.to(pred.device)
+    if self._before_lr_find is None and hasattr(self.learn, 'lr_finder'): self._before_lr_find = deepcopy(self.policy.state_dict())
     weak,strong = cast(pred, Tensor)[step.n_x:].split(step.n_u)
     x,views,y = xb[:step.n_x],xb[step.n_x:step.n_x+step.n_u],cast(self.yb[0], Tensor)
     def total(loss_x, pred): return self._total(loss_x, step, SemiBatch(x, y, views, step.idxs, pred.detach().float(), weak.detach().float()), strong.float())
@@ -201,7 +206,10 @@ def after_pred(self:FixMatch):
 @patch
 def _total(self:FixMatch, loss_x, step, batch, logits_strong):
     "Labelled loss + λ_u · unlabelled loss (equations 3 and 4)"
-    with torch.autocast(logits_strong.device.type, enabled=False):
+    device = logits_strong.device.type
+    if torch.is_autocast_enabled(device): batch = batch._replace(autocast=torch.get_autocast_dtype(device))
+    lambda_u = self._lambda_u(self.learn.pct_train) if callable(self._lambda_u) else self._lambda_u
+    with torch.autocast(device, enabled=False):
         with torch.no_grad(): pseudo = self.policy(batch)
         losses = self.policy.loss(logits_strong, pseudo)
         if losses.shape != pseudo.weights.shape:
@@ -209,7 +217,7 @@ def _total(self:FixMatch, loss_x, step, batch, logits_strong):
         loss_u = (pseudo.weights*losses).mean()
         penalty = self.policy.penalty(batch, pseudo, logits_strong)
     self._recorder.add(loss_x, loss_u, step.n_x, pseudo, step.truth)
-    return loss_x + self._lambda_u*loss_u + penalty
+    return loss_x + lambda_u*loss_u + penalty
 
 # %% ../nbs/04_callback.ipynb #a212383c
 def _tells_truth(dl):
@@ -226,6 +234,8 @@ def _clean_up(self:FixMatch):
     self._put_back()
     if self._stream is not None: self._stream.close()
     self._stream = None
+    if self._before_lr_find is not None: self.policy.load_state_dict(self._before_lr_find)
+    self._before_lr_find = None
 
 @patch
 def _put_back(self:FixMatch):
@@ -277,6 +287,33 @@ def plot(self:FixMatch,
     "Plot losses, and how many pseudo-labels count and are right, over the steps of the last fit"
     return plot_steps(self.history, smooth, figsize)
 
+# %% ../nbs/04_callback.ipynb #4b424912
+@contextmanager
+def _as_in_validation(model):
+    flags = [(m,m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for m,f in flags: m.training = f
+
+@patch
+def peek(self:FixMatch,
+    n:int=None,        # Unlabelled images at most; default: a whole batch
+    labeled:bool=True  # A batch of labelled images too?
+)->tuple: # `(SemiBatch, truth, weak, strong)`: `truth` (M,) is `None` where the loader knows none; the views are as loaded
+    "One fresh batch as a policy would see it in training, but with the model in eval mode; nothing is trained or remembered"
+    if self._unlabeled_dl is None: raise ValueError("This learner was loaded without its unlabelled images: there are none to look at.")
+    stream = endless(self._unlabeled_dl, self.learn.dls)
+    weak,strong,truth,idxs = (o if o is None else o[:n] for o in unpack(next(stream)))
+    stream.close()
+    train,device = self.learn.dls.train,next(self.model.parameters()).device
+    x,y = (train.one_batch() if hasattr(train, 'one_batch') else next(iter(train))) if labeled else (None,None)
+    with _as_in_validation(self.model):
+        x,y,idxs,views = (None if o is None else cast(to_device(o, device), Tensor) for o in (x,y,idxs,self._finish(to_device(weak, device))))
+        logits_x,logits_weak = (None if o is None else cast(self.model(o), Tensor).float() for o in (x,views))
+    return SemiBatch(x, y, views, idxs, logits_x, logits_weak),truth,weak,strong
+
 # %% ../nbs/04_callback.ipynb #4d023cfa
 @patch
 def show_pseudo_labels(self:FixMatch,
@@ -284,25 +321,15 @@ def show_pseudo_labels(self:FixMatch,
     ncols:int=8  # Pairs in a row
 ):
     "Show fresh pairs with the model's present pseudo-labels and their softmax: green ones count, grey ones don't, red ones count and are wrong"
-    if self._unlabeled_dl is None: raise ValueError("This learner was loaded without its unlabelled images: there are none to show.")
-    dl = self._unlabeled_dl
-    stream = endless(dl, self.learn.dls)
-    weak,strong,truth,idxs = unpack(next(stream))
-    stream.close()
-    n = min(max_n, len(weak))
-    training = self.model.training
-    self.model.eval()
+    batch,truth,weak,strong = self.peek(max_n, labeled=self.policy.needs_labeled)
+    policy = deepcopy(self.policy) # what it remembers stays as it is
     with torch.no_grad():
-        views = self._finish(to_device(weak[:n], next(self.model.parameters()).device))
-        logits = cast(self.model(views), Tensor).float().cpu()
-        policy = deepcopy(self.policy).cpu() # what it remembers stays as it is
-        self._set_up(policy, logits.shape[1])
-        pseudo = policy(SemiBatch(weak=views.cpu(), idxs=None if idxs is None else idxs[:n].cpu(), logits_weak=logits))
-    self.model.train(training)
-    targets = pseudo.targets.argmax(1) if pseudo.targets.ndim == 2 else pseudo.targets
-    tfm = getattr(getattr(dl, 'dataset', None), 'tfm', getattr(getattr(dl, 'dataset', None), 'transform', None))
-    if weak.is_floating_point() and getattr(tfm, 'mean', None) is not None: weak,strong = (o[:n]*tfm.std[:,None,None]+tfm.mean[:,None,None] for o in (weak.cpu(), strong.cpu()))
+        self._set_up(policy, batch.logits_weak.shape[1])
+        targets,weights = policy.to(batch.logits_weak.device)(batch)
+    if targets.ndim == 2: targets = targets.argmax(1)
+    tfm = getattr(getattr(self._unlabeled_dl, 'dataset', None), 'tfm', getattr(getattr(self._unlabeled_dl, 'dataset', None), 'transform', None))
+    if weak.is_floating_point() and getattr(tfm, 'mean', None) is not None: weak,strong = (o*tfm.std[:,None,None]+tfm.mean[:,None,None] for o in (weak.cpu(), strong.cpu()))
     vocab = getattr(self.dls, 'vocab', None)
     name = lambda i: None if i < 0 else str(i if vocab is None else vocab[i])
-    return plot_pseudo_labels(weak[:n], strong[:n], [name(i) for i in targets.tolist()], logits.softmax(1).max(1).values.tolist(), pseudo.weights.tolist(),
-                              None if truth is None else [name(i) for i in truth[:n].tolist()], ncols)
+    return plot_pseudo_labels(weak, strong, [name(i) for i in targets.tolist()], batch.probs.max(1).values.tolist(), weights.tolist(),
+                              None if truth is None else [name(i) for i in truth.tolist()], ncols)

@@ -32,6 +32,7 @@ from fastai.vision.all import (
     Resize,
     ResizeMethod,
     SaveModelCallback,
+    SchedLin,
     ShortEpochCallback,
     accuracy,
     aug_transforms,
@@ -45,7 +46,17 @@ from fastai.vision.all import (
     vision_learner,
 )
 
-from fixmatch_fastai.all import FixedThreshold, FixMatch, FixMatchTransform, split_labeled
+from fixmatch_fastai.all import (
+    UDA,
+    AdaMatch,
+    Dash,
+    FixedThreshold,
+    FixMatch,
+    FixMatchTransform,
+    FlexMatch,
+    FreeMatch,
+    split_labeled,
+)
 from fixmatch_fastai.callback import OneCallLoss
 
 COLUMNS = ['loss_x', 'loss_u', 'mask_rate', 'pseudo_acc']
@@ -120,7 +131,14 @@ def test_gradient_accumulation_equals_whole_batch():
 
 @pytest.mark.parametrize(
     'cbs',
-    [[MixedPrecision()], [GradientClip(0.1)], [GradientAccumulation(6)], [MixUp(), GradientAccumulation(8), GradientClip()], [ShortEpochCallback(0.5)], [ShortEpochCallback(0.5, False)]],
+    [
+        [MixedPrecision()],
+        [GradientClip(0.1)],
+        [GradientAccumulation(6)],
+        [MixUp(), GradientAccumulation(8), GradientClip()],
+        [ShortEpochCallback(0.5)],
+        [ShortEpochCallback(0.5, False)],
+    ],
     ids=lambda cbs: '+'.join(type(c).__name__ for c in cbs),
 )
 def test_callbacks(make_learner, cbs):
@@ -133,7 +151,14 @@ def test_callbacks(make_learner, cbs):
 
 @pytest.mark.parametrize(
     'loss',
-    [CrossEntropyLossFlat(), CrossEntropyLossFlat(weight=torch.ones(10)), LabelSmoothingCrossEntropy(), FocalLossFlat(), nn.CrossEntropyLoss(), torch.nn.functional.cross_entropy],
+    [
+        CrossEntropyLossFlat(),
+        CrossEntropyLossFlat(weight=torch.ones(10)),
+        LabelSmoothingCrossEntropy(),
+        FocalLossFlat(),
+        nn.CrossEntropyLoss(),
+        torch.nn.functional.cross_entropy,
+    ],
     ids=['flat', 'weighted', 'smoothed', 'focal', 'torch', 'function'],
 )
 def test_losses(make_learner, pool, loss):
@@ -360,7 +385,9 @@ def test_weak_view_is_what_validation_shows(jpegs, monkeypatch):
 def test_progressive_resizing(jpegs, presize):
     def get(size, bs):
         item, batch = (Resize(48), aug_transforms(size=size)) if presize else (Resize(size), None)
-        return ImageDataLoaders.from_folder(jpegs / 'labeled', valid_pct=0.2, item_tfms=item, batch_tfms=batch, bs=bs, num_workers=0, img_cls=PILImage).repeat_train(2)
+        return ImageDataLoaders.from_folder(
+            jpegs / 'labeled', valid_pct=0.2, item_tfms=item, batch_tfms=batch, bs=bs, num_workers=0, img_cls=PILImage
+        ).repeat_train(2)
 
     dls = get(16, 8)
     learn = Learner(dls, tiny_net(2, n_in=3), cbs=FixMatch(dls.unlabeled_dl(get_image_files(jpegs / 'unlabeled'), mu=2)))
@@ -477,3 +504,91 @@ def test_split_labeled_then_train(jpegs):
     files = get_image_files(jpegs / 'labeled')
     labeled, unlabeled = split_labeled(files, parent_label, 8)
     assert len(labeled) == 8 and len(unlabeled) == 16
+
+
+class InterruptAtStep(Callback):
+    order = 70
+
+    def after_batch(self):
+        if self.training and self.train_iter == 2:
+            raise KeyboardInterrupt
+
+
+def memory(learn):
+    return {k: v.clone() for k, v in learn.fix_match.policy.state_dict().items()}
+
+
+@pytest.mark.parametrize('interrupted', [False, True])
+@pytest.mark.parametrize('before', [False, True], ids=['first', 'later'])
+def test_lr_find_leaves_the_policy_as_it_was(make_learner, interrupted, before):
+    learn = make_learner(fixmatch=dict(policy=FreeMatch(decay=0.5) & FlexMatch(0.2), threshold=0.95))
+    fresh = FreeMatch() & FlexMatch()
+    fresh.setup(10, 100, None)
+    expected = fresh.state_dict()
+    if before:
+        quiet_fit(learn, 1)
+        expected = memory(learn)
+        assert not torch.equal(expected['first.p'], fresh.first.p)
+    if interrupted:
+        with learn.added_cbs(InterruptAtStep()), pytest.raises(KeyboardInterrupt):
+            quiet_fit(learn, show_plot=False, num_it=6, method='lr_find')
+        assert not torch.equal(memory(learn)['first.p'], expected['first.p']), 'else this test would show nothing'
+        learn.validate()
+    else:
+        quiet_fit(learn, show_plot=False, num_it=6, method='lr_find')
+    for k, v in memory(learn).items():
+        assert torch.equal(v, expected[k]), k
+    quiet_fit(learn, 1)
+    assert not torch.equal(memory(learn)['first.p'], expected['first.p'])
+
+
+def test_lambda_u_as_a_schedule(make_learner):
+    seen = []
+
+    class Ramp:
+        def __call__(self, pos):
+            seen.append(pos)
+            return 2 * pos
+
+    class Losses(Callback):
+        def after_loss(self):
+            if self.training:
+                totals.append(self.loss.item())
+
+    totals = []
+    learn = make_learner(fixmatch=dict(lambda_u=Ramp(), threshold=0), cbs=[Losses()])
+    seen.clear()  # those of the check
+    quiet_fit(learn, 2)
+    assert seen == pytest.approx([i / 6 for i in range(6)])
+    history = learn.fix_match.history
+    expected = history.loss_x + 2 * np.arange(6) / 6 * history.loss_u
+    assert totals == pytest.approx(expected.tolist(), abs=1e-5) and (history.loss_u > 0).all()
+    quiet_fit(make_learner(fixmatch=dict(lambda_u=SchedLin(0, 1))), 1)
+    with pytest.raises(ValueError, match='0 or more throughout'):
+        FixMatch([], lambda_u=SchedLin(1, -1))
+
+
+def test_peek(make_learner):
+    learn = make_learner(fixmatch=dict(policy=FlexMatch(), threshold=0.95))
+    learn.model[0][1].eval()  # as BnFreeze leaves it
+    flags, stats = [m.training for m in learn.model.modules()], deepcopy(learn.model.state_dict())
+    batch, truth, weak, strong = learn.fix_match.peek(5)
+    assert batch.x.shape == (4, 1, 16, 16) and batch.logits_x.shape == (4, 10) and batch.y.shape == (4,)
+    assert batch.weak.shape == (5, 1, 16, 16) and batch.logits_weak.shape == (5, 10) and batch.idxs.shape == truth.shape == (5,)
+    assert weak.shape == strong.shape == (5, 1, 16, 16) and not batch.logits_weak.requires_grad
+    assert flags == [m.training for m in learn.model.modules()]
+    assert all(torch.equal(v, stats[k]) for k, v in learn.model.state_dict().items())
+    with torch.no_grad():
+        expected = learn.model.eval()(batch.weak)
+    torch.testing.assert_close(batch.logits_weak, expected)
+    assert learn.fix_match.peek(2, labeled=False)[0].x is None
+
+
+@pytest.mark.parametrize('policy', [AdaMatch(), Dash(warmup=0), FlexMatch(), UDA(0.1)], ids=lambda p: type(p).__name__)
+def test_pictures_with_every_kind_of_policy(make_learner, policy):
+    learn = make_learner(fixmatch=dict(policy=policy, threshold=0.95))
+    learn.fix_match.show_pseudo_labels(3)  # also before training
+    quiet_fit(learn, 1)
+    before = memory(learn)
+    learn.fix_match.show_pseudo_labels(3)
+    assert all(torch.equal(v, before[k]) for k, v in memory(learn).items())

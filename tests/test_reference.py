@@ -158,7 +158,8 @@ def test_policy_sees_float32_without_gradient(dtype):
     assert (b.logits_x.dtype, b.logits_weak.dtype) == (torch.float32,) * 2
     assert (tuple(b.logits_x.shape), tuple(b.logits_weak.shape)) == ((3, 10), (5, 10))
     assert not b.logits_x.requires_grad and not b.logits_weak.requires_grad
-    assert all(type(o) is torch.Tensor for o in b)
+    assert all(type(o) is torch.Tensor for o in b[:6])
+    assert b.autocast == (torch.bfloat16 if dtype == torch.bfloat16 else None)  # so that a policy can run the model alike
     torch.testing.assert_close(b.x, labeled[1][0])
     torch.testing.assert_close(b.weak, unlabeled[1][0])
     assert b.y.tolist() == labeled[1][1].tolist() and b.idxs.tolist() == [0, 1, 2, 3, 4]
