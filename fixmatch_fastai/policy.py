@@ -36,25 +36,31 @@ class PseudoLabels(NamedTuple):
     targets: Tensor # Classes, int64 (M,), or probabilities, float32 (M, C)
     weights: Tensor # How much each counts, float32 (M,) in 0 to 1
 
-# %% ../nbs/02_policy.ipynb #2626625d
+# %% ../nbs/02_policy.ipynb #cb3b3205
 class Memory(nn.Module):
-    "A module that learns only in training what it has to remember, and how large that is"
-    _loaded = frozenset()
+    "A module that learns only in training, in its `setup`, what it has to remember and how large that is"
+    _made,_loaded = False,frozenset()
 
     def remember(self, **buffers):
-        "Make buffers with these start values; where `load_state_dict` has brought one before, that value stays"
-        for name,v in buffers.items():
-            if name not in self._loaded: self.register_buffer(name, v)
-            elif getattr(self, name).shape != v.shape:
-                raise ValueError(f"The loaded `{name}` of {type(self).__name__} has the shape {tuple(getattr(self, name).shape)}, but this training needs {tuple(v.shape)}: it was saved with other classes or another pool.")
-        self._loaded = self._loaded - set(buffers)
+        "Make all buffers, once in `setup`, with these start values; where `load_state_dict` or a pickle has brought them before, those stay"
+        if self._loaded and (had := {k: tuple(getattr(self, k).shape) for k in self._loaded}) != (want := {k: tuple(v.shape) for k,v in buffers.items()}):
+            raise ValueError(f"The loaded memory of {type(self).__name__} holds {had}, but this training needs {want}: it was saved by another policy, with other classes or for another pool.")
+        if not self._loaded:
+            for name,v in buffers.items(): self.register_buffer(name, v)
+        self._made,self._loaded = True,frozenset()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        new = {k[len(prefix):]: v for k,v in state_dict.items() if k.startswith(prefix) and '.' not in k[len(prefix):]}
-        for name in new.keys()-self._buffers.keys()-self._parameters.keys()-{'_extra_state'}:
-            self.register_buffer(name, new[name].clone())
-            self._loaded = self._loaded | {name}
+        if not self._made and type(self).setup is not Policy.setup: # `setup` comes later
+            for k,v in state_dict.items():
+                name = k[len(prefix):]
+                if not k.startswith(prefix) or '.' in name or hasattr(self, name): continue
+                self.register_buffer(name, v.clone())
+                self._loaded = self._loaded | {name}
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __setstate__(self, state): # of a copy, or from a pickle: goes on with what it remembers
+        super().__setstate__(state)
+        if self._made: self._made,self._loaded = False,frozenset(self._buffers.keys()-self._non_persistent_buffers_set)
 
 class Unseen:
     "Holds a model where a policy's `to`, `state_dict`, copies and pickles do not see it"
@@ -221,7 +227,7 @@ class FreeMatch(Policy):
         return PseudoLabels(k, (confidence >= threshold[k]).float())
 
     def penalty(self, batch, pseudo, logits_strong):
-        "λ_f · Σ_j SumNorm(p̃ ⁄ h̃)_j · log SumNorm(p̄ ⁄ h̄)_j over the accepted images; classes that no strong view is taken for are left out (equation 12)"
+        "λ_f · Σ_j SumNorm(p̃ ⁄ h̃)_j · log SumNorm(p̄ ⁄ h̄)_j over the accepted images; classes that are never predicted are left out (equation 12)"
         used = (pseudo.weights > 0).float()[:,None]
         n = used.sum().clamp(min=1)
         probs = logits_strong.softmax(1)
@@ -229,7 +235,7 @@ class FreeMatch(Policy):
         hist = (used*F.one_hot(probs.argmax(1), probs.shape[1])).sum(0)/n
         some = hist > 0
         ratio = _normed(torch.where(some, p/hist.clamp(min=1e-12), 0.))
-        return self.lambda_f*torch.where(some, _normed(self.p/self.hist)*ratio.clamp(min=1e-12).log(), 0.).sum()
+        return self.lambda_f*torch.where(some, _normed(torch.where(self.hist > 1e-12, self.p/self.hist.clamp(min=1e-12), 0.))*ratio.clamp(min=1e-12).log(), 0.).sum()
 
     def extra_repr(self): return f'lambda_f={self.lambda_f}, lower={self.lower}, upper={self.upper}, decay={self.decay}'
 
@@ -280,7 +286,7 @@ class SoftMatch(Policy):
         self.mu.lerp_(mean, 1-self.decay)
         self.var.lerp_(torch.where(n > 1, spread/(n-1), self.var), 1-self.decay) # one image alone has no variance
         below = (confidence-self.mu).clamp(max=0)
-        return PseudoLabels(probs.argmax(1), torch.exp(-below**2*self.n_sigma**2/(2*self.var).clamp(min=1e-12)))
+        return PseudoLabels(probs.argmax(1), torch.exp(-below**2*self.n_sigma**2/(2*self.var).clamp(min=1e-8)))
 
     def extra_repr(self): return f'n_sigma={self.n_sigma}, decay={self.decay}'
 
@@ -368,6 +374,7 @@ class Combined(Policy):
     ):
         super().__init__()
         if not isinstance(second, Policy): raise TypeError(f"A policy can be combined with a policy only, but got a {type(second).__name__}.")
+        if set(first.modules()) & set(second.modules()): raise ValueError("A policy can't be combined with itself, as it would remember each batch twice: make a second one.")
         self.first,self.second,self.how = first,second,how
 
     @property
