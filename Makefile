@@ -6,10 +6,10 @@ READY := .venv/.installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint check wheel notebooks unit outputs docs pages readme export format clean
+.PHONY: help demo test lint check wheel notebooks unit bench-policies outputs docs pages readme export format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
 
 $(READY): settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
@@ -43,6 +43,9 @@ notebooks: $(READY) ## Run all notebooks
 unit: $(READY) ## Run the tests in tests/
 	@echo '--- tests'
 	@$(BIN)/python -m pytest
+
+bench-policies: $(READY) ## Measure every policy (an hour on two cores); options in ARGS, as in ARGS="--images cifar10/train --labels 250"
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/policies.py $(ARGS)
 
 outputs: $(READY) ## Run all notebooks in Jupyter and save what they show
 	@OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace $$(find nbs -name '*.ipynb' -not -path '*/.*')

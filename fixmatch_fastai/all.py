@@ -2,6 +2,7 @@
 from fixmatch_fastai.augment import Cutout, FixMatchTransform, strong_augment, weak_augment
 from fixmatch_fastai.callback import FixMatch
 from fixmatch_fastai.data import UnlabeledDL, WeakTransform, digits_path, split_labeled
+from fixmatch_fastai.ema import ModelEMA
 from fixmatch_fastai.policy import (
     UDA,
     AdaMatch,
@@ -16,8 +17,29 @@ from fixmatch_fastai.policy import (
     SemiBatch,
     SoftMatch,
 )
+from fixmatch_fastai.recipe import SchedPartCos, nesterov_sgd
+from fixmatch_fastai.uncertainty import (
+    FeatureDensity,
+    MCDropout,
+    ScoreThreshold,
+    ValidatedThreshold,
+    add_dropout,
+    compare_scores,
+    dropout_passes,
+    entropy,
+    mutual_info,
+    one_minus_confidence,
+    one_minus_margin,
+    one_minus_mean_confidence,
+    penultimate,
+    predictive_entropy,
+    remove_spectral_norm_,
+    spectral_norm_,
+)
 
-# `DataLoaders.unlabeled_dl` and `DataLoaders.repeat_train` come with `fixmatch_fastai.data`
-__all__ = ['AdaMatch', 'Cutout', 'Dash', 'DebiasMatch', 'DistributionAlignment', 'FixMatch', 'FixMatchTransform', 'FixedThreshold', 'FlexMatch',
-           'FreeMatch', 'Policy', 'PseudoLabels', 'SemiBatch', 'SoftMatch', 'UDA', 'UnlabeledDL', 'WeakTransform', 'digits_path', 'split_labeled',
-           'strong_augment', 'weak_augment']
+# `DataLoaders.unlabeled_dl` and `DataLoaders.repeat_train` come with `fixmatch_fastai.data`, `Learner.fit_fixmatch` with `fixmatch_fastai.recipe`
+__all__ = ['AdaMatch', 'Cutout', 'Dash', 'DebiasMatch', 'DistributionAlignment', 'FeatureDensity', 'FixMatch', 'FixMatchTransform', 'FixedThreshold',
+           'FlexMatch', 'FreeMatch', 'MCDropout', 'ModelEMA', 'Policy', 'PseudoLabels', 'SchedPartCos', 'ScoreThreshold', 'SemiBatch', 'SoftMatch',
+           'UDA', 'UnlabeledDL', 'ValidatedThreshold', 'WeakTransform', 'add_dropout', 'compare_scores', 'digits_path', 'dropout_passes', 'entropy',
+           'mutual_info', 'nesterov_sgd', 'one_minus_confidence', 'one_minus_margin', 'one_minus_mean_confidence', 'penultimate',
+           'predictive_entropy', 'remove_spectral_norm_', 'spectral_norm_', 'split_labeled', 'strong_augment', 'weak_augment']

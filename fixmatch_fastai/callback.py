@@ -98,7 +98,7 @@ class FixMatch(Callback):
         if not hasattr(unlabeled_dl, '__iter__'):
             raise TypeError(f"`unlabeled_dl` must be a loader, but is a {type(unlabeled_dl).__name__}: make it with `dls.unlabeled_dl(files)`.")
         if not all(o >= 0 for o in (map(lambda_u, (0.,.5,1.)) if callable(lambda_u) else [lambda_u])):
-            raise ValueError(f"`lambda_u`, the weight of the unlabelled loss, must be 0 or more" + (" throughout." if callable(lambda_u) else f", but got {lambda_u}."))
+            raise ValueError("`lambda_u`, the weight of the unlabelled loss, must be 0 or more" + (" throughout." if callable(lambda_u) else f", but got {lambda_u}."))
         if forward != 'joint': raise ValueError(f"`forward` must be 'joint', but got {forward!r}.")
         if policy is not None and (threshold,T) != (0.95,1.0):
             raise ValueError("Give either `policy`, or `threshold` and `T`: a policy has its own, as in `FixedThreshold(threshold, T)`.")

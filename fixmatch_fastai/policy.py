@@ -53,7 +53,7 @@ class Memory(nn.Module):
         if not self._made and type(self).setup is not Policy.setup: # `setup` comes later
             for k,v in state_dict.items():
                 name = k[len(prefix):]
-                if not k.startswith(prefix) or '.' in name or hasattr(self, name): continue
+                if not k.startswith(prefix) or '.' in name or name == '_extra_state' or hasattr(self, name): continue
                 self.register_buffer(name, v.clone())
                 self._loaded = self._loaded | {name}
         super()._load_from_state_dict(state_dict, prefix, *args)

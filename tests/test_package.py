@@ -32,9 +32,9 @@ def imported(module, *names):
 
 
 def test_rooms_know_only_what_they_may():
-    ours = [f'fixmatch_fastai.{o}' for o in ('augment', 'data', 'policy', 'callback', 'record', 'cli')]
-    assert imported('fixmatch_fastai.augment', 'fastai', *ours[1:]) == '[]'
-    assert imported('fixmatch_fastai.policy', 'fastai', *(o for o in ours if 'policy' not in o)) == '[]'
-    assert imported('fixmatch_fastai.data', *ours[2:]) == '[]'
-    assert imported('fixmatch_fastai.callback', ours[0], ours[1], ours[5], 'accelerate', 'nbdev') == '[]'
+    rooms = {'augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'ema', 'recipe', 'cli'}
+    knows = dict(augment=[], data=['augment'], policy=[], uncertainty=['policy'], callback=['policy', 'record'], record=['policy'], ema=[], recipe=[])
+    for room, may in knows.items():
+        others = [f'fixmatch_fastai.{o}' for o in sorted(rooms - {room, *may})]
+        assert imported(f'fixmatch_fastai.{room}', *others, *['fastai'] * (room in ('augment', 'policy', 'uncertainty')), 'accelerate', 'nbdev') == '[]', room
     assert imported('fixmatch_fastai.all', 'accelerate', 'nbdev', 'fastai.distributed') == '[]'

@@ -1,0 +1,160 @@
+"""Which pseudo-labels count: supervised training and every policy on the same few labels, with equal steps.
+
+Every run is a line in policies.csv, so that an interrupted benchmark goes on where it was; policies.md is the table made of it.
+"""
+
+import argparse
+import csv
+import os
+import platform
+import time
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings('ignore', category=FutureWarning)  # before fastai is imported
+
+import fastai
+import pandas as pd
+import torch
+from fastai.vision.all import get_image_files
+
+from fixmatch_fastai.all import (
+    UDA,
+    AdaMatch,
+    Dash,
+    DebiasMatch,
+    FeatureDensity,
+    FixedThreshold,
+    FlexMatch,
+    FreeMatch,
+    MCDropout,
+    ScoreThreshold,
+    SoftMatch,
+    add_dropout,
+    digits_path,
+    entropy,
+    mutual_info,
+)
+from fixmatch_fastai.cli import Comparison
+
+HERE = Path(__file__).parent
+COLUMNS = ['images', 'labels', 'steps', 'method', 'seed', 'accuracy', 'mask_rate', 'pseudo_acc', 'cpu_seconds', 'n_test', 'hardware']
+
+
+def policies(steps):
+    "Defaults of the papers, but what counts steps is fitted to as short a run as this: averages over about 100 steps, Dash's rates in percent of all"
+    decay = 0.99
+    return {
+        'supervised': None,
+        'FixMatch': FixedThreshold(),
+        'UDA': UDA(),
+        'FlexMatch': FlexMatch(),
+        'FreeMatch': FreeMatch(decay=decay),
+        'SoftMatch': SoftMatch(decay=decay),
+        'AdaMatch': AdaMatch(decay=decay),
+        'Dash': Dash(warmup=steps // 10, every=max(1, steps // 100)),
+        'DebiasMatch': DebiasMatch(decay=decay),
+        'entropy': ScoreThreshold(entropy, at_most=0.2),
+        'mutual information': FixedThreshold() & MCDropout(mutual_info, at_most=0.02, n_passes=5),
+        'feature density': FixedThreshold() & FeatureDensity(),
+    }
+
+
+def hardware():
+    cpu = (
+        next((o.split(':')[1].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if 'model name' in o), '')
+        if Path('/proc/cpuinfo').exists()
+        else ''
+    )
+    return f'{cpu or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__.split("+")[0]}, fastai {fastai.__version__}'
+
+
+def run(comparison, images, method, policy, seed):
+    "Train once; returns the line of the table"
+    learn = comparison.learner(seed, semi=policy is not None)
+    if policy is not None:
+        learn.fix_match.policy = policy
+    if method == 'mutual information':
+        add_dropout(learn.model, 0.3)
+    start = time.process_time()
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_one_cycle(1, comparison.lr)
+    seconds = time.process_time() - start  # of this process: other work on the machine does not count
+    late = learn.fix_match.history.tail(comparison.steps // 10).mean() if policy is not None else {}
+    row = dict(images=images, labels=comparison.n_labels, steps=comparison.steps, method=method, seed=seed, accuracy=learn.recorder.values[-1][2])
+    row |= dict(mask_rate=late.get('mask_rate'), pseudo_acc=late.get('pseudo_acc'), cpu_seconds=seconds, n_test=len(comparison.test), hardware=hardware())
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def table(rows):
+    "Markdown: a table for each set of images and number of labels"
+    text = []
+    for (images, labels, steps), part in rows.groupby(['images', 'labels', 'steps'], sort=False):
+        seeds = part.groupby('method').seed.nunique()
+        text += [
+            f'### {images}, {labels} labels',
+            '',
+            f'{steps} steps, {seeds.min()} seeds, {part.n_test.iloc[0]} test images; mean ± standard deviation over the seeds. '
+            f'`mask_rate` and `pseudo_acc` over the last tenth of the steps. {part.hardware.iloc[-1]}, one thread.',
+            '',
+            '| method | accuracy, % | less supervised, same seeds | mask_rate | pseudo_acc | CPU seconds |',
+            '| --- | --- | --- | --- | --- | --- |',
+        ]
+        base = part[part.method == 'supervised'].set_index('seed').accuracy
+        pm = lambda s, scale=100, digits=1: '–' if s.isna().any() else f'{scale * s.mean():.{digits}f} ± {scale * s.std():.{digits}f}'
+        for method, o in part.groupby('method', sort=False):
+            diff = o.set_index('seed').accuracy - base if method != 'supervised' else pd.Series([float('nan')])
+            text.append(f'| {method} | {pm(o.accuracy)} | {pm(diff)} | {pm(o.mask_rate, 1, 2)} | {pm(o.pseudo_acc, 1, 3)} | {o.cpu_seconds.mean():.0f} |')
+        text.append('')
+    return '\n'.join(text)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument('--images', type=Path, help='a folder of images in class folders (default: the digits)')
+    p.add_argument('--name', help="what the table calls them (default: the folder's name)")
+    p.add_argument('--labels', type=int, nargs='+', default=[20, 40], help='numbers of labelled images')
+    p.add_argument('--n-test', type=int, help='test images (default: 400 digits, or a quarter of --images)')
+    p.add_argument('--steps', type=int, default=400, help='training steps of every method')
+    p.add_argument('--seeds', type=int, default=3, help='how many times, with other labels and starting weights')
+    p.add_argument('--mu', type=int, default=7, help='unlabelled images for each labelled one')
+    p.add_argument('--only', nargs='+', help='methods to run (default: all)')
+    p.add_argument('--workers', type=int, default=1, help='processes that make views')
+    p.add_argument('--out', type=Path, default=HERE, help='where policies.csv and policies.md go')
+    args = p.parse_args(argv)
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = args.out / 'policies.csv'
+    images = args.name or (args.images.name if args.images else 'digits')
+    unknown = set(args.only or []) - set(policies(1))
+    if unknown:
+        p.error(f'there is no method {sorted(unknown)}: use any of {list(policies(1))}')
+    files = get_image_files(args.images or digits_path()).sorted()
+    opts = dict(n_test=args.n_test, size=32) if args.images else dict(n_test=args.n_test or 400, flip=False)
+    for labels in args.labels:
+        comparison = Comparison(files, labels, steps=args.steps, mu=args.mu, num_workers=args.workers, n_points=1, **opts)
+        for seed in range(args.seeds):
+            for method in args.only or policies(1):
+                done = pd.read_csv(results) if results.exists() else pd.DataFrame(columns=COLUMNS)
+                if ((done.images == images) & (done.labels == labels) & (done.steps == args.steps) & (done.method == method) & (done.seed == seed)).any():
+                    continue
+                row = run(comparison, images, method, policies(args.steps)[method], seed)
+                with results.open('a', newline='') as f:
+                    writer = csv.DictWriter(f, COLUMNS)
+                    if f.tell() == 0:
+                        writer.writeheader()
+                    writer.writerow(row)
+                print(f'{images}, {labels} labels, seed {seed}: {method:<20}{100 * row["accuracy"]:5.1f} %  {row["cpu_seconds"]:5.1f} s', flush=True)
+    rows = pd.read_csv(results)
+    rows = rows.sort_values('method', key=lambda s: s.map(list(policies(1)).index), kind='stable').sort_values(
+        ['images', 'labels'], ascending=[False, True], kind='stable'
+    )
+    text = table(rows)
+    new = args.out / f'policies.md.{os.getpid()}'
+    new.write_text(text)
+    os.replace(new, args.out / 'policies.md')
+    print(f'\n{text}')
+
+
+if __name__ == '__main__':
+    main()
