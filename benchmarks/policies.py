@@ -38,7 +38,16 @@ from fixmatch_fastai.all import (
 from fixmatch_fastai.cli import Comparison
 
 HERE = Path(__file__).parent
-COLUMNS = ['images', 'labels', 'steps', 'method', 'seed', 'accuracy', 'mask_rate', 'pseudo_acc', 'cpu_seconds', 'n_test', 'hardware']
+COLUMNS = ['images', 'labels', 'steps', 'mu', 'method', 'seed', 'accuracy', 'mask_rate', 'pseudo_acc', 'cpu_seconds', 'n_test', 'hardware']
+
+ABOUT = """# Policies, measured
+
+`make bench-policies` prints this page; every run is a line of `benchmarks/policies.csv`. All methods get the same labels, starting weights and number of steps: a network of two convolutions, Adam with one cycle up to a learning rate of 0.01, the weak view for labelled images, `timm`'s RandAugment and Cutout for the strong view. The pool holds the labelled images too.
+
+Settings are the defaults, except for what counts steps, which is fitted to runs as short as these: running averages with a decay of 0.99, Dash with a warm-up of 10 % of the steps and a fall at every 1 %. *entropy* is `ScoreThreshold(entropy, 0.2)`, *mutual information* `FixedThreshold() & MCDropout(mutual_info, 0.02, 5)` with dropout of 0.3 before the classifier, *feature density* `FixedThreshold() & FeatureDensity()`. The network and the learning rate are those of `make demo`, which were settled by looking at supervised training and FixMatch with 40 digits; nothing else was chosen by such results. The seconds are processor time of the training process; views are made in another.
+
+Runs as short as these say how methods start, not how they end; for that see [the published numbers](../nbs/02_policy.ipynb#which-policy-when).
+"""
 
 
 def policies(steps):
@@ -80,33 +89,42 @@ def run(comparison, images, method, policy, seed):
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(1, comparison.lr)
     seconds = time.process_time() - start  # of this process: other work on the machine does not count
-    late = learn.fix_match.history.tail(comparison.steps // 10).mean() if policy is not None else {}
-    row = dict(images=images, labels=comparison.n_labels, steps=comparison.steps, method=method, seed=seed, accuracy=learn.recorder.values[-1][2])
-    row |= dict(mask_rate=late.get('mask_rate'), pseudo_acc=late.get('pseudo_acc'), cpu_seconds=seconds, n_test=len(comparison.test), hardware=hardware())
+    late = learn.fix_match.history.tail(max(1, comparison.steps // 10)).mean() if policy is not None else {}
+    row = dict(images=images, labels=comparison.n_labels, steps=comparison.steps, mu=comparison.mu, method=method, seed=seed)
+    row |= dict(accuracy=learn.recorder.values[-1][2], n_test=len(comparison.test), hardware=hardware())
+    row |= dict(mask_rate=late.get('mask_rate'), pseudo_acc=late.get('pseudo_acc'), cpu_seconds=seconds)
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def in_order(rows):
+    "Digits first, few labels first, methods as in `policies`"
+    rows = rows.sort_values('method', key=lambda s: s.map(list(policies(1)).index), kind='stable')
+    return rows.sort_values(['images', 'labels'], ascending=[False, True], kind='stable')
 
 
 def table(rows):
     "Markdown: a table for each set of images and number of labels"
-    text = []
-    for (images, labels, steps), part in rows.groupby(['images', 'labels', 'steps'], sort=False):
+    text = [ABOUT]
+    for (images, labels, steps, mu), part in rows.groupby(['images', 'labels', 'steps', 'mu'], sort=False):
         seeds = part.groupby('method').seed.nunique()
         text += [
-            f'### {images}, {labels} labels',
+            f'## {images}, {labels} labels',
             '',
-            f'{steps} steps, {seeds.min()} seeds, {part.n_test.iloc[0]} test images; mean ± standard deviation over the seeds. '
+            f'{steps} steps of 16 labelled and {16 * mu} unlabelled images, {seeds.min()} seed{"s" if seeds.min() > 1 else ""}, {part.n_test.iloc[0]} test images; mean ± standard deviation. '
             f'`mask_rate` and `pseudo_acc` over the last tenth of the steps. {part.hardware.iloc[-1]}, one thread.',
             '',
-            '| method | accuracy, % | less supervised, same seeds | mask_rate | pseudo_acc | CPU seconds |',
+            '| method | accuracy, % | gain over supervised, same seeds | mask_rate | pseudo_acc | CPU seconds |',
             '| --- | --- | --- | --- | --- | --- |',
         ]
         base = part[part.method == 'supervised'].set_index('seed').accuracy
-        pm = lambda s, scale=100, digits=1: '–' if s.isna().any() else f'{scale * s.mean():.{digits}f} ± {scale * s.std():.{digits}f}'
+        pm = lambda s, scale=100, digits=1: (
+            '–' if s.isna().any() else f'{scale * s.mean():.{digits}f}' + (f' ± {scale * s.std():.{digits}f}' if len(s) > 1 else '')
+        )
         for method, o in part.groupby('method', sort=False):
             diff = o.set_index('seed').accuracy - base if method != 'supervised' else pd.Series([float('nan')])
             text.append(f'| {method} | {pm(o.accuracy)} | {pm(diff)} | {pm(o.mask_rate, 1, 2)} | {pm(o.pseudo_acc, 1, 3)} | {o.cpu_seconds.mean():.0f} |')
         text.append('')
-    return '\n'.join(text)
+    return '\n'.join(text).rstrip() + '\n'
 
 
 def main(argv=None):
@@ -136,7 +154,14 @@ def main(argv=None):
         for seed in range(args.seeds):
             for method in args.only or policies(1):
                 done = pd.read_csv(results) if results.exists() else pd.DataFrame(columns=COLUMNS)
-                if ((done.images == images) & (done.labels == labels) & (done.steps == args.steps) & (done.method == method) & (done.seed == seed)).any():
+                if (
+                    (done.images == images)
+                    & (done.labels == labels)
+                    & (done.steps == args.steps)
+                    & (done.mu == args.mu)
+                    & (done.method == method)
+                    & (done.seed == seed)
+                ).any():
                     continue
                 row = run(comparison, images, method, policies(args.steps)[method], seed)
                 with results.open('a', newline='') as f:
@@ -145,11 +170,7 @@ def main(argv=None):
                         writer.writeheader()
                     writer.writerow(row)
                 print(f'{images}, {labels} labels, seed {seed}: {method:<20}{100 * row["accuracy"]:5.1f} %  {row["cpu_seconds"]:5.1f} s', flush=True)
-    rows = pd.read_csv(results)
-    rows = rows.sort_values('method', key=lambda s: s.map(list(policies(1)).index), kind='stable').sort_values(
-        ['images', 'labels'], ascending=[False, True], kind='stable'
-    )
-    text = table(rows)
+    text = table(in_order(pd.read_csv(results)))
     new = args.out / f'policies.md.{os.getpid()}'
     new.write_text(text)
     os.replace(new, args.out / 'policies.md')

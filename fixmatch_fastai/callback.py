@@ -181,12 +181,12 @@ def _split_off(self:FixMatch):
 
 @patch
 def _set_up(self:FixMatch, policy, n_classes):
-    "Set the policy up, unless it has been for this model and as many classes; returns for what"
+    "Set `policy` up, which is ours or a copy, unless ours has been for this model and as many classes; returns for what"
     model = self.model.module if isinstance(self.model, (DataParallel,DistributedDataParallel)) else self.model
-    if self._set_for is None or self._set_for[0] is not model or self._set_for[1] != n_classes:
+    if self._set_for is None or self._set_for[0] is not self.policy or self._set_for[1] is not model or self._set_for[2] != n_classes:
         pool = getattr(self._unlabeled_dl, 'dataset', None)
         policy.setup(n_classes, len(pool) if hasattr(pool, '__len__') else None, model)
-    return model,n_classes
+    return self.policy,model,n_classes
 
 @patch
 def after_pred(self:FixMatch):

@@ -54,7 +54,9 @@ class OneLogit(nn.Module):
         return self.net(x)
 
 
-@pytest.mark.parametrize('model', [OneLogit(1), nn.Sequential(tiny_net(10), nn.Unflatten(1, (2, 5))), nn.Sequential(tiny_net(1), nn.Flatten(0))], ids=['one logit', 'a map', 'flat'])
+@pytest.mark.parametrize(
+    'model', [OneLogit(1), nn.Sequential(tiny_net(10), nn.Unflatten(1, (2, 5))), nn.Sequential(tiny_net(1), nn.Flatten(0))], ids=['one logit', 'a map', 'flat']
+)
 def test_outputs(model):
     refused(DataLoaders(loaders(), loaders()), model, views(), ValueError, 'end the model in a linear layer', lambda p, y: p.float().mean())
 

@@ -27,7 +27,15 @@ from fastai.vision.all import (
 from fixmatch_fastai.all import FixMatch
 from fixmatch_fastai.callback import OneCallLoss
 
-CANCELS = [CancelBatchException, CancelTrainException, CancelEpochException, CancelFitException, CancelStepException, CancelBackwardException, CancelValidException]
+CANCELS = [
+    CancelBatchException,
+    CancelTrainException,
+    CancelEpochException,
+    CancelFitException,
+    CancelStepException,
+    CancelBackwardException,
+    CancelValidException,
+]
 EVENTS = [e for e in _events if e != 'after_create']
 
 

@@ -592,3 +592,15 @@ def test_pictures_with_every_kind_of_policy(make_learner, policy):
     before = memory(learn)
     learn.fix_match.show_pseudo_labels(3)
     assert all(torch.equal(v, before[k]) for k, v in memory(learn).items())
+
+
+def test_policy_exchanged_between_fits(make_learner):
+    learn = make_learner(fixmatch=dict(policy=FlexMatch(), threshold=0.95))
+    quiet_fit(learn, 1)
+    learn.fix_match.policy = free = FreeMatch()
+    learn.fix_match.show_pseudo_labels(2)
+    assert not hasattr(free, 'tau'), 'pictures leave the policy as it is'
+    quiet_fit(learn, 1)
+    tau = free.tau.clone()
+    quiet_fit(learn, 1)
+    assert 0.1 < tau < free.tau, 'set up once, then it goes on'

@@ -23,6 +23,7 @@ from fixmatch_fastai.all import (
     AdaMatch,
     Dash,
     DebiasMatch,
+    FeatureDensity,
     FixedThreshold,
     FixMatch,
     FlexMatch,
@@ -572,6 +573,20 @@ def share(b, rank, cut_weak, cut_x):
     return SemiBatch(y=b.y[x], idxs=b.idxs[weak], logits_x=b.logits_x[x], logits_weak=b.logits_weak[weak])
 
 
+def density_run(rank=None):
+    "Twelve steps of `FeatureDensity` with images of four numbers, all of them or one half"
+    torch.manual_seed(0)
+    policy = FeatureDensity(quantile=0.5)
+    policy.setup(C, None, torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, C)))
+    outs = []
+    for _ in range(12):
+        y, idxs = torch.arange(B) % C, torch.arange(M)
+        whole = SemiBatch(torch.randn(B, 4) + y[:, None], y, torch.randn(M, 4) * 2, idxs, None, torch.zeros(M, C))
+        half = [o if o is None else o.chunk(2)[rank or 0] for o in whole[:6]]
+        outs.append(policy(whole if rank is None else SemiBatch(*half)).weights)
+    return outs, policy.state_dict()
+
+
 def one_of_two(rank, folder):
     "Runs in a process of its own"
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2, timeout=timedelta(seconds=60))
@@ -580,6 +595,7 @@ def one_of_two(rank, folder):
         policy = ready(POLICIES[name]())
         outs = run(policy, [share(b, rank, *SHARES[how]) for b in random_steps(12)])
         done[name, how] = [tuple(o) for o in outs], policy.state_dict()
+    done['density'] = density_run(rank)
     torch.save(done, f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
@@ -602,6 +618,15 @@ def test_two_processes_are_as_one(in_two_processes, name, how):
         assert len(a[1]) == SHARES[how][0]
         for i in (0, 1):
             torch.testing.assert_close(one[i], torch.cat([a[i], b[i]]), atol=1e-5, rtol=1e-5)
+
+
+def test_two_processes_know_one_density(in_two_processes):
+    whole, memory = density_run()
+    (weights_0, memory_0), (weights_1, memory_1) = (done['density'] for done in in_two_processes)
+    assert_same(memory_0, memory_1)
+    assert_same(memory_0, memory, atol=1e-4, rtol=1e-4)
+    assert all(w.equal(torch.cat(o)) for w, *o in zip(whole, weights_0, weights_1))
+    assert 0 < torch.cat(whole).mean() < 1
 
 
 # --- the memory --------------------------------------------------------------------------------------------------------------------------
