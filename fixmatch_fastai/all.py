@@ -17,6 +17,7 @@ from fixmatch_fastai.policy import (
     SemiBatch,
     SoftMatch,
 )
+from fixmatch_fastai.record import StopOnTrouble
 from fixmatch_fastai.recipe import SchedPartCos, nesterov_sgd
 from fixmatch_fastai.uncertainty import (
     FeatureDensity,
@@ -39,7 +40,7 @@ from fixmatch_fastai.uncertainty import (
 
 # `DataLoaders.unlabeled_dl` and `DataLoaders.repeat_train` come with `fixmatch_fastai.data`, `Learner.fit_fixmatch` with `fixmatch_fastai.recipe`
 __all__ = ['AdaMatch', 'Cutout', 'Dash', 'DebiasMatch', 'DistributionAlignment', 'FeatureDensity', 'FixMatch', 'FixMatchTransform', 'FixedThreshold',
-           'FlexMatch', 'FreeMatch', 'MCDropout', 'ModelEMA', 'Policy', 'PseudoLabels', 'SchedPartCos', 'ScoreThreshold', 'SemiBatch', 'SoftMatch',
+           'FlexMatch', 'FreeMatch', 'MCDropout', 'ModelEMA', 'Policy', 'PseudoLabels', 'SchedPartCos', 'ScoreThreshold', 'SemiBatch', 'SoftMatch', 'StopOnTrouble',
            'UDA', 'UnlabeledDL', 'ValidatedThreshold', 'WeakTransform', 'add_dropout', 'compare_scores', 'digits_path', 'dropout_passes', 'entropy',
            'mutual_info', 'nesterov_sgd', 'one_minus_confidence', 'one_minus_margin', 'one_minus_mean_confidence', 'penultimate',
            'predictive_entropy', 'remove_spectral_norm_', 'spectral_norm_', 'split_labeled', 'strong_augment', 'weak_augment']

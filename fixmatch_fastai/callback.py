@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OneCallLoss', 'own_loss', 'unpack', 'endless', 'FixMatch']
 
-# %% ../nbs/04_callback.ipynb #b7450a36
+# %% ../nbs/04_callback.ipynb #876ff1f8
+import warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from numbers import Integral
@@ -17,7 +18,7 @@ from fastai.callback.core import Callback
 from fastai.torch_basics import Pipeline, Tensor, TensorImage, cast, compose_tfms, noop, patch, to_device
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .policy import FixedThreshold, Policy, SemiBatch
+from .policy import FixedThreshold, Policy, SemiBatch, alone
 from .record import SemiRecorder, plot_pseudo_labels, plot_steps
 
 # %% ../nbs/04_callback.ipynb #7a98eb48
@@ -60,10 +61,10 @@ def unpack(
         raise ValueError(f"The weak and strong views must have one shape and dtype, but are {_said(weak)} {weak.dtype} and {_said(strong)} {strong.dtype}: make both the same size in the view transform.")
     return weak,strong,y,idxs
 
-# %% ../nbs/04_callback.ipynb #7aede508
-def endless(dl, dls):
+# %% ../nbs/04_callback.ipynb #df6229c3
+def endless(dl, dls, **kwargs):
     "Batches of `dl` for ever"
-    if hasattr(dl, 'stream'): yield from dl.stream(dls)
+    if hasattr(dl, 'stream'): yield from dl.stream(dls, **kwargs)
     else:
         while True:
             n = 0
@@ -78,14 +79,17 @@ class _Step(NamedTuple):
     n_u: int
     truth: Any
     idxs: Any
+    order: Any
 
 # %% ../nbs/04_callback.ipynb #363ad3c0
 class FixMatch(Callback):
     "Semi-supervised training on labelled and unlabelled images ([FixMatch](https://arxiv.org/abs/2001.07685), algorithm 1)"
     # after MixUp and CutMix (0) blend the labelled batch, which must not see ours; before GradientAccumulation (6) may cancel the step
     order,run_valid = 5,False
-    _stateattrs = ('_unlabeled_dl','_stream','_pending','_set_for','_before_lr_find')
-    _unlabeled_dl = _stream = _pending = _learn = _set_for = _before_lr_find = None
+    _stateattrs = ('_unlabeled_dl','_stream','_pending','_set_for','_before_lr_find','_checked')
+    _unlabeled_dl = _stream = _pending = _learn = _set_for = _before_lr_find = _checked = None
+    _preflight = None # the room `check` puts a quick one here
+    _n_told = 0
 
     def __init__(self,
         unlabeled_dl,          # `dls.unlabeled_dl(items)`, or any loader of weak and strong views, see `unpack`
@@ -120,14 +124,16 @@ class FixMatch(Callback):
         if self._recorder.learn is not None: self._recorder = SemiRecorder()
         learn.add_cb(self._recorder)
 
-# %% ../nbs/04_callback.ipynb #4f542c23
+# %% ../nbs/04_callback.ipynb #d2e1a432
+def _own(dl): return getattr(dl, '__dict__', {}).get('dl', dl) # fastai's `DistributedDL` wraps a loader in training on several processes
+
 @patch
 def _finish(self:FixMatch,
     views # Weak and strong, (2M, channels, H, W), uint8 or finished
 )->Tensor: # float (2M, channels, H, W)
     "Bring `uint8` views to where labelled images are"
     if not views.is_floating_point():
-        tfms = getattr(getattr(self.dls, 'valid', None), 'after_batch', None)
+        tfms = getattr(_own(getattr(self.dls, 'valid', None)), 'after_batch', None)
         if isinstance(tfms, Pipeline): views = compose_tfms((TensorImage(views),), tfms.fs, split_idx=1)[0]
         if not views.is_floating_point():
             raise ValueError("The views are uint8, and the DataLoaders have no batch transforms that make floats of them: give `FixMatchTransform` the `mean` and `std` of your images.")
@@ -157,6 +163,11 @@ def _next_batch(self:FixMatch):
         if not e.args: e.args = (f"{type(e).__name__} in the unlabelled loader.",) # fastai makes an IndexError of an exception without a message
         raise
 
+def _interleaved(n, model):
+    "The order in which each replica of a DataParallel `model` gets its share of labelled, weak and strong images; `None` for other models"
+    replicas = len(model.device_ids) if isinstance(model, DataParallel) else 1
+    return None if replicas < 2 else torch.cat([torch.arange(r, n, replicas) for r in range(replicas)])
+
 @patch
 def before_batch(self:FixMatch):
     x = self._labeled()
@@ -166,8 +177,10 @@ def before_batch(self:FixMatch):
     if views.shape[1:] != x.shape[1:]:
         raise ValueError(f"A view is {tuple(views.shape[1:])} (channels, height, width), but a labelled image is {tuple(x.shape[1:])}: "
                          "make the unlabelled loader from the learner's own `dls`, with `dls.unlabeled_dl(files)`, or resize its images to that size.")
-    self._pending = _Step(len(x), len(weak), truth, idxs)
-    self.learn.xb = (torch.cat([x, views.to(x.dtype)]),)
+    xb = torch.cat([x, views.to(x.dtype)])
+    order = _interleaved(len(xb), self.model)
+    self._pending = _Step(len(x), len(weak), truth, idxs, order)
+    self.learn.xb = (xb if order is None else xb[order],)
 
 # %% ../nbs/04_callback.ipynb #822781a1
 @patch
@@ -175,6 +188,9 @@ def _split_off(self:FixMatch):
     "Give the Learner its labelled rows back; return all inputs and predictions"
     step,self._pending = self._pending,None
     xb,pred = self.xb[0],getattr(self.learn, 'pred', None)
+    if step.order is not None:
+        back = step.order.argsort()
+        xb,pred = (o[back] if isinstance(o, Tensor) and len(o) == len(back) else o for o in (xb,pred))
     self.learn.xb = (xb[:step.n_x],)
     if isinstance(pred, Tensor): self.learn.pred = pred[:step.n_x]
     return step,xb,pred
@@ -258,6 +274,9 @@ def before_train(self:FixMatch):
     if hasattr(train, '__len__') and len(train) == 0:
         raise ValueError(f"There are fewer labelled images ({len(train.dataset)}) than the batch size ({getattr(train, 'bs', None) or getattr(train, 'batch_size', '?')}), so an epoch has no step: "
                          "use `dls.repeat_train(100)` for epochs of 100 full batches, or a smaller `bs`.")
+    if self._preflight is not None and self._checked is not self._unlabeled_dl and not hasattr(self.learn, 'lr_finder'):
+        self._checked = self._unlabeled_dl
+        self._preflight()
 
 @patch
 def after_cancel_batch(self:FixMatch):
@@ -271,7 +290,21 @@ def before_validate(self:FixMatch): self._put_back()
 def after_epoch(self:FixMatch): self._put_back()
 
 @patch
-def after_fit(self:FixMatch): self._clean_up()
+def after_fit(self:FixMatch):
+    self._clean_up()
+    self._tell_damaged()
+
+@patch(as_prop=True)
+def damaged(self:FixMatch)->pd.DataFrame: # `item` and `error`, by place in the pool
+    "Unlabelled images that could not be opened, and were replaced by others of the pool; empty for loaders that don't tell"
+    return getattr(self._unlabeled_dl, 'damaged', pd.DataFrame(columns=['item','error']))
+
+@patch
+def _tell_damaged(self:FixMatch):
+    df = self.damaged
+    if len(df) > self._n_told:
+        warnings.warn(f"Unlabelled images that could not be opened were replaced by others, {len(df)} so far, such as {df.item.iloc[-1]} ({df.error.iloc[-1]}): `learn.fix_match.damaged` lists them.", stacklevel=2)
+    self._n_told = len(df)
 
 # %% ../nbs/04_callback.ipynb #4c31865d
 @patch(as_prop=True)
@@ -304,10 +337,10 @@ def peek(self:FixMatch,
 )->tuple: # `(SemiBatch, truth, weak, strong)`: `truth` (M,) is `None` where the loader knows none; the views are as loaded
     "One fresh batch as a policy would see it in training, but with the model in eval mode; nothing is trained or remembered"
     if self._unlabeled_dl is None: raise ValueError("This learner was loaded without its unlabelled images: there are none to look at.")
-    stream = endless(self._unlabeled_dl, self.learn.dls)
+    stream = endless(self._unlabeled_dl, self.learn.dls, alone=True)
     weak,strong,truth,idxs = (o if o is None else o[:n] for o in unpack(next(stream)))
     stream.close()
-    train,device = self.learn.dls.train,next(self.model.parameters()).device
+    train,device = _own(self.learn.dls.train),next(self.model.parameters()).device
     x,y = (train.one_batch() if hasattr(train, 'one_batch') else next(iter(train))) if labeled else (None,None)
     with _as_in_validation(self.model):
         x,y,idxs,views = (None if o is None else cast(to_device(o, device), Tensor) for o in (x,y,idxs,self._finish(to_device(weak, device))))
@@ -323,7 +356,7 @@ def show_pseudo_labels(self:FixMatch,
     "Show fresh pairs with the model's present pseudo-labels and their softmax: green ones count, grey ones don't, red ones count and are wrong"
     batch,truth,weak,strong = self.peek(max_n, labeled=self.policy.needs_labeled)
     policy = deepcopy(self.policy) # what it remembers stays as it is
-    with torch.no_grad():
+    with torch.no_grad(), alone():
         self._set_up(policy, batch.logits_weak.shape[1])
         targets,weights = policy.to(batch.logits_weak.device)(batch)
     if targets.ndim == 2: targets = targets.argmax(1)

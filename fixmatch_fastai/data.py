@@ -10,7 +10,9 @@ import itertools,os,random,tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
+import torch.distributed as dist
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists, test_set
 from fastai.data.load import fa_collate
 from fastai.torch_basics import L, TensorImage, Transform, compose_tfms, patch, show_image, to_device
@@ -126,14 +128,16 @@ def _as_pil(o):
     if isinstance(o, np.ndarray) and o.dtype == np.uint8: return Image.fromarray(o)
     raise TypeError(f"An unlabelled image must be a PIL image, or uint8 as an array (H, W, C) or a tensor (C, H, W), but the DataLoaders opened a {type(o).__name__}.")
 
-# %% ../nbs/01_data.ipynb #8fb7506e
-def _pil_tfms(dls): return [t for t in dls.valid.after_item.fs if not isinstance(t, ToTensor)]
+# %% ../nbs/01_data.ipynb #6c1f4e36
+def _own(dl): return vars(dl).get('dl', dl) # fastai's `DistributedDL` wraps a loader in training on several processes
 
-def _model_size(dls, item):
+def _pil_tfms(valid): return [t for t in valid.after_item.fs if not isinstance(t, ToTensor)]
+
+def _model_size(valid, item, device):
     "(width, height) at which validation shows `item` to the model, or `None` where its batch transforms change no size"
-    x = compose_tfms(item, dls.valid.after_item.fs, split_idx=1)
+    x = compose_tfms(item, valid.after_item.fs, split_idx=1)
     if not isinstance(x, torch.Tensor): return None
-    out = compose_tfms((to_device(x[None], dls.device),), dls.valid.after_batch.fs, split_idx=1)[0]
+    out = compose_tfms((to_device(x[None], device),), valid.after_batch.fs, split_idx=1)[0]
     return None if out.shape[-2:] == x.shape[-2:] else tuple(out.shape[:-3:-1])
 
 # %% ../nbs/01_data.ipynb #fcf0b280
@@ -150,9 +154,10 @@ class UnlabeledViews:
         self._follow(dls)
 
     def _follow(self, dls):
-        self.item_tfms = _pil_tfms(dls)
-        item = self.dataset[0]
-        self.size = _model_size(dls, item[0] if isinstance(item, tuple) else item)
+        valid = _own(dls.valid)
+        self.item_tfms,self.size = _pil_tfms(valid),None
+        _,item,_ = self.first_readable(range(len(self)), self._item)
+        self.size = _model_size(valid, item, dls.device)
         return self
 
     def following(self, dls):
@@ -170,31 +175,78 @@ class UnlabeledViews:
         y = self.label_func(self.items.iloc[i] if hasattr(self.items, 'iloc') else self.items[i])
         return self.o2i.get(y, -1) if self.o2i else -1 if y is None else int(y)
 
+    def _item(self, i):
+        item = self.dataset[i]
+        return item[0] if isinstance(item, tuple) else item
+
     def image(self, i):
         "Image `i` as PIL, opened and resized"
-        item = self.dataset[i]
-        img = _as_pil(compose_tfms(item[0] if isinstance(item, tuple) else item, self.item_tfms, split_idx=1))
+        img = _as_pil(compose_tfms(self._item(i), self.item_tfms, split_idx=1))
         return img if self.size is None or img.size == self.size else img.resize(self.size, Image.Resampling.BILINEAR)
 
-    def __getitem__(self, i):
-        views = self.tfm(self.image(i))
+    def __getitem__(self, i): return self.views(self.image(i), i)
+
+    def views(self, img, i):
+        "`img`, which is image `i`, as views"
+        views = self.tfm(img)
         if not (isinstance(views, (tuple,list)) and len(views) == 2 and all(isinstance(v, torch.Tensor) and v.ndim == 3 for v in views)):
             said = ', '.join(type(v).__name__ for v in views) if isinstance(views, (tuple,list)) else type(views).__name__
             raise TypeError(f"The view transform must return two tensors (channels, H, W), weak and strong, but it returned {said}: use `FixMatchTransform(weak=..., strong=...)` around functions of PIL images.")
         return (*views,i) if self.label_func is None else (tuple(views),self.label(i),i)
 
+    def first_readable(self,
+        places,       # Places in the pool, in the order in which they are tried
+        get=None,     # Opens one; default `image`
+        tries:int=100 # How many are tried
+    )->tuple: # `(i, image, damaged)`: its place, the image, and the errors of those before it by place
+        "The first image that can be opened; a ValueError where none can"
+        damaged = {}
+        for i in itertools.islice(places, tries):
+            try: return i,(get or self.image)(i),damaged
+            except Exception as e: # what damaged files make PIL raise is of many kinds
+                damaged[i],error = f'{type(e).__name__}: {e}',e.with_traceback(None) # which would keep the file open
+        i = next(iter(damaged))
+        raise ValueError(f"None of {len(damaged)} unlabelled images that were tried can be opened; place {i} of the pool for this reason: {damaged[i]}. Check the files, and the transforms that open them.") from error
+
+# %% ../nbs/01_data.ipynb #0436908f
+class _Replacing:
+    "Views of image `i`, or of another where it can't be opened, and the errors of those that could not, by place"
+    def __init__(self, views): self.views = views
+    def __len__(self): return len(self.views)
+
+    def __getitem__(self, i):
+        others = (random.randrange(len(self)) for _ in itertools.count())
+        i,img,damaged = self.views.first_readable(itertools.chain([i], others))
+        return self.views.views(img, i),damaged
+
 # %% ../nbs/01_data.ipynb #4482dbc0
 class _EndlessBatches:
-    "Lists of `bs` places in a pool of `n`, for ever: pass after pass, each in a new order"
-    def __init__(self, n, bs, shuffle, seed): self.n,self.bs,self.shuffle,self.seed = n,bs,shuffle,seed
+    "Lists of `bs` places in a pool of `n`, for ever: pass after pass, each in a new order, shared out among the processes"
+    def __init__(self, n, bs, shuffle, place, rank=0, world=1): self.n,self.bs,self.shuffle,self.place,self.rank,self.world = n,bs,shuffle,place,rank,world
 
     def _idxs(self):
-        rng = np.random.default_rng(self.seed)
-        while True: yield from (rng.permutation(self.n) if self.shuffle else np.arange(self.n)).tolist()
+        seed,drawn = self.place
+        rng = np.random.default_rng(seed)
+        while True:
+            idxs = rng.permutation(self.n) if self.shuffle else np.arange(self.n)
+            yield from idxs[min(drawn,self.n):].tolist()
+            drawn = max(0, drawn-self.n)
 
     def __iter__(self):
         idxs = self._idxs()
-        while True: yield list(itertools.islice(idxs, self.bs))
+        while True:
+            together = list(itertools.islice(idxs, self.bs*self.world))
+            yield together[self.rank*self.bs:(self.rank+1)*self.bs]
+
+def _processes():
+    "`(rank, number)` of the processes that train together"
+    return (dist.get_rank(),dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0,1)
+
+def _shared(seed):
+    "The first process's `seed`, in all"
+    seed = torch.tensor(seed, device='cuda' if dist.get_backend() == 'nccl' else 'cpu')
+    dist.broadcast(seed, 0)
+    return seed.item()
 
 # %% ../nbs/01_data.ipynb #aa9fe6ab
 def _collate(pairs):
@@ -203,6 +255,10 @@ def _collate(pairs):
     if len(shapes) > 1:
         raise ValueError(f"The unlabelled images differ in shape ({', '.join(map(str, sorted(shapes)[:2]))}): add `item_tfms=Resize(...)` to the DataLoaders, so that all get one size.")
     return fa_collate(pairs)
+
+def _collate_replaced(samples):
+    pairs,damaged = zip(*samples)
+    return _collate(list(pairs)),{i: e for o in damaged for i,e in o.items()}
 
 # %% ../nbs/01_data.ipynb #1d77d5be
 class UnlabeledDL(TfmdDL):
@@ -218,7 +274,7 @@ class UnlabeledDL(TfmdDL):
     ):
         if drop_last is None: drop_last = len(dataset) >= bs
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, **{**kwargs, 'do_setup': False})
-        self.mu = mu
+        self.mu,self._damaged,self._place,self._next = mu,{},None,None
 
     @property
     def knows_truth(self)->bool:
@@ -230,22 +286,53 @@ class UnlabeledDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **{'mu': None if 'bs' in kwargs else self.mu, **kwargs})
 
-    def stream(self,
-        dls:DataLoaders=None # Whose sizes to follow; default: those it was made with
-    ): # A generator of batches on the CPU, `uint8` views pinned where there is CUDA
-        "Full batches for ever, reshuffled on each pass; `close()` it to end its workers"
-        views,bs = self.dataset,self.bs
-        if isinstance(getattr(dls, 'valid', None), TfmdDL):
-            views = views.following(dls)
-            if self.mu is not None: bs = self.mu*dls.train.bs
-        batches = _EndlessBatches(len(views), bs, self.shuffle, random.getrandbits(32))
-        dl = torch.utils.data.DataLoader(views, batch_sampler=batches, collate_fn=_collate, num_workers=self.fake_l.num_workers,
-                                         pin_memory=self.pin_memory, timeout=self.timeout)
-        it = iter(dl)
-        try: yield from it
-        finally:
-            # a traceback that someone keeps would keep `it`, and with it the workers, alive
-            if hasattr(it, '_shutdown_workers'): it._shutdown_workers()
+    @property
+    def damaged(self)->pd.DataFrame: # `item` and `error`, by place in the pool
+        "Images that streams could not open, and replaced by others"
+        items = self.dataset.items
+        rows = [(items.iloc[i] if hasattr(items, 'iloc') else items[i], e) for i,e in sorted(self._damaged.items())]
+        return pd.DataFrame(rows, index=pd.Index(sorted(self._damaged), name='idx'), columns=['item','error'])
+
+    @property
+    def place(self)->tuple: # `(seed, images drawn)`, of all processes together; `None` before the first stream
+        "Where the last stream stopped, for `start_at`"
+        return self._place
+
+    def start_at(self,
+        place:tuple # What `place` was
+    ):
+        "Let the next stream go on where another stopped"
+        self._next = tuple(place)
+
+# %% ../nbs/01_data.ipynb #945ad486
+@patch
+def stream(self:UnlabeledDL,
+    dls:DataLoaders=None, # Whose sizes to follow; default: those it was made with
+    alone:bool=False      # In training on several processes: for this one only, not a share?
+): # A generator of batches on the CPU, `uint8` views pinned where there is CUDA
+    "Full batches for ever, reshuffled on each pass; `close()` it to end its workers"
+    views,bs = self.dataset,self.bs
+    if isinstance(getattr(dls, 'valid', None), TfmdDL):
+        views = views.following(dls)
+        if self.mu is not None: bs = self.mu*dls.train.bs
+    rank,world = (0,1) if alone else _processes()
+    seed,opts = random.getrandbits(32),{}
+    if world > 1:
+        seed = _shared(seed)
+        opts = dict(generator=torch.Generator().manual_seed(seed+rank)) # after `set_seed` all would draw the same views
+    place = (seed,0) if alone or self._next is None else self._next
+    if not alone: self._place,self._next = place,None
+    dl = torch.utils.data.DataLoader(_Replacing(views), batch_sampler=_EndlessBatches(len(views), bs, self.shuffle, place, rank, world), collate_fn=_collate_replaced,
+                                     num_workers=self.fake_l.num_workers, pin_memory=self.pin_memory, timeout=self.timeout, **opts)
+    it = iter(dl)
+    try:
+        for n,(batch,damaged) in enumerate(it, 1):
+            self._damaged.update(damaged)
+            if not alone: self._place = place[0],place[1]+n*bs*world
+            yield batch
+    finally:
+        # a traceback that someone keeps would keep `it`, and with it the workers, alive
+        if hasattr(it, '_shutdown_workers'): it._shutdown_workers()
 
 # %% ../nbs/01_data.ipynb #a6461059
 _dl_kwargs = ('bs','shuffle','drop_last','num_workers','pin_memory','timeout','device')
@@ -293,7 +380,7 @@ def show_batch(self:UnlabeledDL,
     **kwargs      # To fastai's `show_image`
 ):
     "Show weak views above the strong views of the same images, with their class where it is known"
-    if b is None: b = _collate([self.dataset[i] for i in random.sample(range(len(self.dataset)), min(max_n, len(self.dataset)))])
+    if b is None: b,_ = _collate_replaced([_Replacing(self.dataset)[i] for i in random.sample(range(len(self.dataset)), min(max_n, len(self.dataset)))])
     (weak,strong),y = (b[0],b[1]) if isinstance(b[0], (tuple,list)) else (b[:2],None)
     n = min(max_n, len(weak))
     axs = get_grid(2*n, nrows=2, ncols=n, figsize=figsize or (1.3*n,3))

@@ -181,13 +181,3 @@ def test_policy_with_weights_that_would_broadcast():
     with pytest.raises(ValueError, match=r'WrongShape gives weights \(8, 1\) for losses \(8,\)'):
         quiet_fit(learn, 1)
     assert type(learn.loss_func) is CrossEntropyLossFlat
-
-
-def test_unreadable_image_is_named(make_dls, make_learner, tmp_path, pool):
-    bad = tmp_path / 'broken.png'
-    bad.write_bytes(b'not an image')
-    dls = make_dls()
-    learn = make_learner(dls=dls, loader=dls.unlabeled_dl([*pool[:1], bad], num_workers=0))
-    with pytest.raises(Exception, match='broken.png'):
-        quiet_fit(learn, 1)
-    assert len(learn.validate()) == 2
