@@ -312,6 +312,11 @@ def history(self:FixMatch)->pd.DataFrame: # `loss_x`, `loss_u`, `mask_rate`, `ps
     "The numbers of each step of the last fit"
     return self._recorder.history
 
+@patch(as_prop=True)
+def trouble(self:FixMatch)->dict: # What was warned of in the last fit: of `not_finite`, `none_counts`, `one_class`, to the sentence
+    "Did a loss become infinite or no number, did no pseudo-label count, were all of one class?"
+    return self._recorder.trouble
+
 @patch
 def plot(self:FixMatch,
     smooth:int=None, # Steps in the running mean; default: a twentieth of all
