@@ -1,6 +1,8 @@
 "The public names of fixmatch_fastai"
 from fixmatch_fastai.augment import Cutout, FixMatchTransform, strong_augment, weak_augment
 from fixmatch_fastai.callback import FixMatch
+from fixmatch_fastai.check import fixmatch_check
+from fixmatch_fastai.checkpoint import SaveFixMatch
 from fixmatch_fastai.data import UnlabeledDL, WeakTransform, digits_path, split_labeled
 from fixmatch_fastai.ema import ModelEMA
 from fixmatch_fastai.policy import (
@@ -38,9 +40,10 @@ from fixmatch_fastai.uncertainty import (
     spectral_norm_,
 )
 
-# `DataLoaders.unlabeled_dl` and `DataLoaders.repeat_train` come with `fixmatch_fastai.data`, `Learner.fit_fixmatch` with `fixmatch_fastai.recipe`
+# `DataLoaders.unlabeled_dl` and `DataLoaders.repeat_train` come with `fixmatch_fastai.data`, `Learner.fit_fixmatch` with `fixmatch_fastai.recipe`,
+# `Learner.save_weights` and `Learner.load_weights` with `fixmatch_fastai.checkpoint`
 __all__ = ['AdaMatch', 'Cutout', 'Dash', 'DebiasMatch', 'DistributionAlignment', 'FeatureDensity', 'FixMatch', 'FixMatchTransform', 'FixedThreshold',
-           'FlexMatch', 'FreeMatch', 'MCDropout', 'ModelEMA', 'Policy', 'PseudoLabels', 'SchedPartCos', 'ScoreThreshold', 'SemiBatch', 'SoftMatch', 'StopOnTrouble',
-           'UDA', 'UnlabeledDL', 'ValidatedThreshold', 'WeakTransform', 'add_dropout', 'compare_scores', 'digits_path', 'dropout_passes', 'entropy',
+           'FlexMatch', 'FreeMatch', 'MCDropout', 'ModelEMA', 'Policy', 'PseudoLabels', 'SaveFixMatch', 'SchedPartCos', 'ScoreThreshold', 'SemiBatch', 'SoftMatch', 'StopOnTrouble',
+           'UDA', 'UnlabeledDL', 'ValidatedThreshold', 'WeakTransform', 'add_dropout', 'compare_scores', 'digits_path', 'dropout_passes', 'entropy', 'fixmatch_check',
            'mutual_info', 'nesterov_sgd', 'one_minus_confidence', 'one_minus_margin', 'one_minus_mean_confidence', 'penultimate',
            'predictive_entropy', 'remove_spectral_norm_', 'spectral_norm_', 'split_labeled', 'strong_augment', 'weak_augment']

@@ -291,7 +291,7 @@ def test_equals_float64_version(policy, reference, values):
     assert slow or 0.05 < np.mean(given) < 0.98, 'a test in which nearly all count, or none, would show little'
 
 
-@pytest.mark.parametrize('policy,reference', {(p, r) for p, r, _ in REFERENCES.values()}, ids=lambda o: o.__name__)
+@pytest.mark.parametrize('policy,reference', list(dict.fromkeys((p, r) for p, r, _ in REFERENCES.values())), ids=lambda o: o.__name__)
 def test_default_values(policy, reference):
     ours, theirs = ({name: o.default for name, o in signature(cls).parameters.items()} for cls in (policy, reference))
     assert ours == theirs

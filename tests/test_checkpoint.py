@@ -1,0 +1,1085 @@
+"A run that is cut off goes on as if it had not been; weights and learners go elsewhere without images, and without doing harm"
+
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from copy import deepcopy
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import no_bn, quiet_fit
+from fastai.vision.all import (
+    SGD,
+    Callback,
+    CategoryBlock,
+    ConvLayer,
+    CSVLogger,
+    DataBlock,
+    DataLoaders,
+    EarlyStoppingCallback,
+    GradientAccumulation,
+    ImageBlock,
+    IndexSplitter,
+    Learner,
+    MixUp,
+    PILImageBW,
+    ReduceLROnPlateau,
+    SaveModelCallback,
+    ShowGraphCallback,
+    TensorImageBW,
+    TerminateOnNaNCallback,
+    accuracy,
+    get_image_files,
+    load_learner,
+    nn,
+    parent_label,
+    ranger,
+    set_seed,
+)
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fixmatch_fastai import __version__, checkpoint
+from fixmatch_fastai.all import (
+    Cutout,
+    FeatureDensity,
+    FixedThreshold,
+    FixMatch,
+    FixMatchTransform,
+    FlexMatch,
+    FreeMatch,
+    MCDropout,
+    ModelEMA,
+    Policy,
+    WeakTransform,
+    digits_path,
+    nesterov_sgd,
+    split_labeled,
+    weak_augment,
+)
+from fixmatch_fastai.checkpoint import SaveFixMatch
+from fixmatch_fastai.policy import PseudoLabels
+
+same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+N_STEPS, N_EPOCHS = 3, 4
+
+
+def groups(model):
+    return [[*model[0].parameters()], [*model[1:].parameters()]]
+
+
+def drop_net(n_out=10):
+    return nn.Sequential(ConvLayer(1, 8, stride=2), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.3), nn.Linear(128, n_out))
+
+
+@cache
+def files(n_labeled, n_pool, data, split):
+    "Labelled, unlabelled and validation images"
+    digits = get_image_files(data or digits_path()).sorted()
+    labeled, rest = split_labeled(digits, parent_label, n_labeled, seed=int(split == 1))
+    pool, rest = split_labeled(rest, parent_label, n_pool, seed=int(split == 2))
+    return labeled, pool, split_labeled(rest, parent_label, 10, seed=0)[0]
+
+
+def strong(img):
+    "Random, and quick"
+    return Cutout(0.5)(img.rotate(random.uniform(-30, 30)))
+
+
+def build(
+    path,
+    seed=1,
+    policy=None,
+    cbs=(),
+    n_batches=N_STEPS,
+    n_pool=60,
+    n_labeled=20,
+    net=drop_net,
+    num_workers=0,
+    vocab=None,
+    data=None,
+    lambda_u=1.0,
+    split=0,
+    reverse=False,
+    **kwargs,
+):
+    "A learner with all that draws random numbers: weak views of labelled images, strong views, dropout"
+    labeled, pool, valid = files(n_labeled, n_pool, data, split)
+    if reverse:
+        pool = pool[::-1]
+    set_seed(seed)
+    block = DataBlock(
+        blocks=(ImageBlock(PILImageBW), CategoryBlock(vocab=vocab, sort=vocab is None)),
+        get_y=parent_label,
+        splitter=IndexSplitter(range(n_labeled, n_labeled + len(valid))),
+        item_tfms=WeakTransform(weak_augment(flip=False)),
+    )
+    dls = block.dataloaders(labeled + valid, bs=4, val_bs=10, num_workers=num_workers).repeat_train(n_batches)
+    loader = dls.unlabeled_dl(pool, mu=2, tfm=FixMatchTransform(weak=weak_augment(flip=False), strong=strong))
+    return Learner(
+        dls, net(), **{'metrics': accuracy, 'path': path, 'cbs': [FixMatch(loader, policy=policy or FlexMatch(0.5), lambda_u=lambda_u), *cbs], **kwargs}
+    )
+
+
+def one_cycle(learn, n_epoch=N_EPOCHS, lr=1e-2, cbs=(), **kwargs):
+    quiet_fit(learn, n_epoch, lr, cbs=cbs, method='fit_one_cycle', **kwargs)
+
+
+def fixmatch_fit(learn, cbs=()):
+    quiet_fit(learn, N_EPOCHS * N_STEPS, cbs=cbs, method='fit_fixmatch')
+
+
+def flat(learn, cbs=()):
+    quiet_fit(learn, N_EPOCHS, 1e-2, cbs=[ReduceLROnPlateau(patience=1, min_delta=10), *cbs])
+
+
+RUNS = {  # what `build` gets, and how it is trained
+    'FlexMatch and ModelEMA': (lambda: dict(policy=FlexMatch(0.5), cbs=[ModelEMA(half_life=3)]), one_cycle),
+    'FreeMatch and ModelEMA, MCDropout': (
+        lambda: dict(policy=FreeMatch(decay=0.9) & MCDropout(at_most=0.5, n_passes=2), cbs=[ModelEMA(half_life=3)]),
+        one_cycle,
+    ),
+    'FeatureDensity, two layer groups': (lambda: dict(policy=FeatureDensity(), splitter=groups), one_cycle),
+    'GradientAccumulation over the end of an epoch': (lambda: dict(cbs=[GradientAccumulation(20)]), one_cycle),
+    'MixUp and ranger': (lambda: dict(cbs=[MixUp()], opt_func=ranger), one_cycle),
+    "the paper's recipe": (lambda: dict(opt_func=nesterov_sgd, cbs=[ModelEMA(half_life=3)]), fixmatch_fit),
+    'a constant learning rate that a callback lowers': (dict, flat),
+}
+
+
+def state(learn):
+    "All that a run has come to"
+    fm = learn.fix_match
+    ema = learn.model_ema.state_dict() if hasattr(learn, 'model_ema') else {}
+    rec = learn.recorder
+    return dict(
+        model=dict(learn.model.state_dict()),
+        opt=checkpoint._plain(learn.opt.state_dict()),
+        ema=checkpoint._plain(ema),
+        policy=dict(fm.policy.state_dict()),
+        lrs=[float(o) for o in rec.lrs],
+        losses=torch.stack([*rec.losses]),
+        values=[list(o) for o in rec.values],
+        iters=rec.iters,
+        history=torch.tensor(fm.history.values),
+    )
+
+
+def assert_same(learn, whole):
+    a, b = state(learn), state(whole)
+    for part in b:
+        same(a[part], b[part], msg=partial('{}: {}'.format, part))
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+class Interrupt(Callback):
+    "Ctrl-C in `event`, from training step `at` on"
+
+    order = 100
+
+    def __init__(self, at, event='after_step'):
+        self._at, self._event = at, event
+
+    def __call__(self, event_name):
+        if event_name == self._event and (self.training or event_name == 'before_validate') and self.train_iter >= self._at:
+            raise KeyboardInterrupt
+
+
+def cut_off(fit, learn, cbs, at=2 * N_STEPS + 1, **kwargs):
+    with pytest.raises(KeyboardInterrupt):
+        fit(learn, cbs=[*cbs, Interrupt(at, **kwargs)])
+
+
+# ---- what a new process does ----
+
+POLICIES = dict(FixedThreshold=FixedThreshold, FlexMatch=FlexMatch, FeatureDensity=FeatureDensity, MCDropout=partial(MCDropout, n_passes=2))
+MOMENTS = dict(
+    before=lambda learn: None,
+    after_pred=partial(cut_off, partial(one_cycle, n_epoch=1), cbs=[], at=1, event='after_pred'),
+    after_backward=partial(cut_off, partial(one_cycle, n_epoch=1), cbs=[], at=2, event='after_backward'),
+    before_validate=partial(cut_off, partial(one_cycle, n_epoch=1), cbs=[], at=0, event='before_validate'),
+    after=partial(one_cycle, n_epoch=1),
+)
+
+
+def said_of(learn, image):
+    with learn.no_bar():
+        cls, _, probs = learn.predict(image)
+    return cls, probs.tolist()
+
+
+@pytest.fixture(scope='module')
+def elsewhere(tmp_path_factory):
+    "Runs as a whole, and cut off after half of their steps and one more in vain; exported learners, whose data is deleted; and what a new process makes of them"
+    folder, data = tmp_path_factory.mktemp('here'), tmp_path_factory.mktemp('secret_data')
+    whole = {}
+    for i, (name, (args, fit)) in enumerate(RUNS.items()):
+        learn = build(folder, **args())
+        fit(learn)
+        whole[name] = {**state(learn), 'random': draw()}
+        cut_off(fit, build(folder, **args()), [SaveFixMatch(f'run{i}')])
+    shutil.copytree(digits_path(), data / 'digits')
+    image = folder / 'image.png'
+    shutil.copy(get_image_files(data / 'digits').sorted()[700], image)
+    said = {name: said_by for policy in POLICIES for ema in (False, True) for name, said_by in export(folder, policy, ema, data / 'digits', image)}
+    shutil.rmtree(data)
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg'}
+    done = subprocess.run([sys.executable, __file__, str(folder)], capture_output=True, text=True, timeout=200, env=env, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, data, whole, said, torch.load(folder / 'found.pth', weights_only=False)
+
+
+def export(folder, policy, ema, data, image):
+    "A learner at each moment of its training, and what it says of an image then"
+    learn = build(folder, policy=POLICIES[policy](), cbs=[ModelEMA(half_life=3)] if ema else [], data=data)
+    for moment, reach in MOMENTS.items():
+        reach(learn)
+        name = f'{policy} {moment} {ema}'
+        learn.export(f'{name}.pkl')
+        said = said_of(learn, image)
+        if ema and moment != 'before':  # it is the average's
+            x = learn.dls.test_dl([image]).one_batch()[0].as_subclass(torch.Tensor)
+            same(learn.model_ema.ema.module(x).softmax(1)[0].tolist(), said[1])
+        yield name, said
+
+
+def in_a_new_process(folder):
+    "Go on with each run, and load each exported learner"
+    found = {}
+    for i, (name, (args, fit)) in enumerate(RUNS.items()):
+        learn = build(folder, seed=100 + i, **args())
+        fit(learn, cbs=[SaveFixMatch(f'run{i}', resume=True)])
+        found[name] = {**state(learn), 'random': draw()}
+    found.update({f.stem: said_of(load_learner(f), folder / 'image.png') for f in folder.glob('*.pkl')})
+    torch.save(found, folder / 'found.pth')
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_resumed_in_a_new_process(elsewhere, name):
+    "6 steps, a new process, 6 steps are 12 steps, bit for bit; and writing checkpoints changes nothing"
+    *_, whole, _, found = elsewhere
+    assert len(found[name]['losses']) == N_EPOCHS * N_STEPS and len(found[name]['values']) == N_EPOCHS
+    for part, o in whole[name].items():
+        same(found[name][part], o, msg=partial('{}: {}'.format, part))
+
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_backward', 'after_step', 'before_validate'])
+def test_the_cell_is_run_again(tmp_path, event):
+    "In the same notebook, with the learner that Ctrl-C left, wherever it fell"
+    args = dict(cbs=[ModelEMA(half_life=3)], policy=FreeMatch(decay=0.9))
+    whole = build(tmp_path, **args)
+    one_cycle(whole, 3)
+    learn = build(tmp_path, **args)
+    with pytest.raises(KeyboardInterrupt):
+        one_cycle(learn, 3, cbs=[SaveFixMatch('a'), Interrupt(4, event)])
+    assert '_with_events' not in vars(learn)
+    random.seed(7)
+    torch.rand(3)
+    one_cycle(learn, 3, cbs=SaveFixMatch('a', resume=True))
+    assert_same(learn, whole)
+    assert type(learn.loss_func) is type(whole.loss_func)
+
+
+def test_interrupted_twice_and_before_the_first_checkpoint(tmp_path):
+    whole, fit = build(tmp_path), partial(one_cycle, n_epoch=3)
+    fit(whole)
+    cut_off(fit, build(tmp_path), [SaveFixMatch('a', resume=True)], at=2)
+    assert not (tmp_path / 'models/a.pth').exists()
+    for at in (4, 5, 7):
+        learn = build(tmp_path, seed=1 if at == 4 else at)  # before there is a checkpoint, a run depends on its seed
+        cut_off(fit, learn, [SaveFixMatch('a', resume=True)], at=at)
+    learn = build(tmp_path, seed=5)
+    fit(learn, cbs=SaveFixMatch('a', resume=True))
+    assert_same(learn, whole)
+
+
+def test_every_second_epoch_and_the_last(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(checkpoint.torch, 'save', lambda o, f, save=torch.save: (written.append(o['epoch']), save(o, f)))
+    one_cycle(build(tmp_path), 5, cbs=SaveFixMatch('a', every=2))
+    assert written == [2, 4, 5]
+
+
+def test_finished_run_is_loaded_and_trains_nothing(tmp_path, capsys):
+    whole = build(tmp_path, cbs=[ModelEMA(half_life=3)])
+    one_cycle(whole, 2, cbs=SaveFixMatch('a'))
+    before = (tmp_path / 'models/a.pth').read_bytes()
+    learn = build(tmp_path, seed=5, cbs=[ModelEMA(half_life=3), Interrupt(0)])  # would be interrupted in its first step
+    capsys.readouterr()
+    one_cycle(learn, 2, cbs=SaveFixMatch('a', resume=True))
+    assert 'a.pth: 2 of 2 epochs are done, nothing is left to train.' in capsys.readouterr().out
+    assert_same(learn, whole)
+    assert learn.final_record == whole.final_record
+    assert (tmp_path / 'models/a.pth').read_bytes() == before
+    assert learn.fix_match._stream is None
+
+
+def test_table_bar_and_log_are_whole(tmp_path, capsys):
+    "With fastai's progress bar, its logger and its graph, which all live through epochs that don't take place"
+
+    def fit(learn, **kwargs):
+        graph = ShowGraphCallback()
+        learn.fit(3, cbs=[SaveFixMatch('a', **kwargs), CSVLogger(tmp_path / 'log.csv'), graph])
+        assert graph.nb_batches == [N_STEPS, 2 * N_STEPS, 3 * N_STEPS]
+        return (tmp_path / 'log.csv').read_text()
+
+    whole = build(tmp_path)
+    whole.recorder.add_time = False
+    log = fit(whole)
+    learn = build(tmp_path, cbs=[Interrupt(7)])
+    learn.recorder.add_time = False
+    with pytest.raises(KeyboardInterrupt):
+        fit(learn)
+    again = build(tmp_path, seed=3)
+    again.recorder.add_time = False
+    capsys.readouterr()
+    assert fit(again, resume=True) == log and len(log.splitlines()) == 4
+    out = capsys.readouterr().out
+    assert 'a.pth: 2 of 3 epochs are done, going on.' in out
+    assert again.final_record == whole.final_record == again.recorder.values[-1]
+
+
+def test_recorder_plots_and_schedule_after_resuming(tmp_path):
+    whole = build(tmp_path)
+    one_cycle(whole, 3)
+    cut_off(partial(one_cycle, n_epoch=3), build(tmp_path), [SaveFixMatch('a')])
+    learn = build(tmp_path, seed=3)
+    one_cycle(learn, 3, cbs=SaveFixMatch('a', resume=True))
+    assert learn.recorder.hps['lr'] == pytest.approx(whole.recorder.hps['lr']) and len(learn.recorder.hps['mom']) == 3 * N_STEPS
+    learn.recorder.plot_loss()
+    learn.recorder.plot_sched()
+    learn.fix_match.plot()
+
+
+class Scripted(Callback):
+    "Makes what trackers look at go as it is told"
+
+    order = 55
+
+    def __init__(self, losses):
+        self._losses = losses
+
+    def after_epoch(self):
+        self.recorder.values[-1][1] = self._losses[self.epoch]
+
+
+def trackers():
+    return [SaveModelCallback(fname='best'), EarlyStoppingCallback(patience=3)]
+
+
+def test_trackers_remember(tmp_path):
+    "The best model stays the best, and patience isn't new after each interruption; a run that was stopped early is finished"
+    losses = [3.0, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    whole = build(tmp_path / 'a', cbs=[Scripted(losses)])
+    one_cycle(whole, 8, cbs=[SaveFixMatch('a'), *trackers()])
+    learn = build(tmp_path / 'b', cbs=[Scripted(losses)])
+    cut_off(partial(one_cycle, n_epoch=8), learn, [SaveFixMatch('a'), *trackers()], at=3 * N_STEPS + 1)
+    learn = build(tmp_path / 'b', seed=3, cbs=[Scripted(losses)])
+    one_cycle(learn, 8, cbs=[SaveFixMatch('a', resume=True), *trackers()])
+    assert len(learn.recorder.values) == len(whole.recorder.values) == 5  # the best is the second, then three in vain
+    assert_same(learn, whole)
+    done = build(tmp_path / 'b', seed=4, cbs=[Scripted(losses)])
+    one_cycle(done, 8, cbs=[SaveFixMatch('a', resume=True), *trackers()])
+    assert len(done.recorder.values) == 5
+    same(dict(done.model.state_dict()), dict(whole.model.state_dict()))
+
+
+def test_a_fit_that_ends_within_an_epoch_keeps_the_checkpoint_before(tmp_path):
+    class NaN(Callback):
+        def after_loss(self):
+            if self.training and self.train_iter == 4:
+                self.learn.loss = self.learn.loss * float('nan')
+
+    learn = build(tmp_path, cbs=[NaN(), TerminateOnNaNCallback()])
+    one_cycle(learn, cbs=SaveFixMatch('a'))
+    found = checkpoint._read(tmp_path / 'models/a.pth')
+    assert found['epoch'] == 1 and not found['finished']
+
+
+@pytest.mark.parametrize('at', [1, 2 * N_STEPS + 1], ids=['frozen', 'unfrozen'])
+def test_fine_tune(tmp_path, capsys, at):
+    "Two fits in one call: each goes on by itself"
+
+    def fit(learn, cbs=()):
+        quiet_fit(learn, 3, cbs=cbs, freeze_epochs=2, method='fine_tune')
+
+    class Count(Interrupt):  # steps of both fits
+        _n = 0
+
+        def __call__(self, event_name):
+            if event_name == 'after_step' and self.training:
+                self._n += 1
+                if self._n > N_STEPS + at:
+                    raise KeyboardInterrupt
+
+    args = dict(splitter=groups, cbs=[ModelEMA(half_life=3)])
+    whole = build(tmp_path, **args)
+    fit(whole)
+    with pytest.raises(KeyboardInterrupt):
+        fit(build(tmp_path, **args), cbs=[SaveFixMatch('a'), Count(0)])
+    learn = build(tmp_path, seed=3, **args)
+    capsys.readouterr()
+    fit(learn, cbs=SaveFixMatch('a', resume=True))
+    said = [o for o in capsys.readouterr().out.splitlines() if o.startswith('a.pth')]
+    if at == 1:
+        assert said == ['a.pth: 1 of 2 epochs are done, going on.']
+    else:
+        assert said == ['a.pth: of a later fit, whose weights are loaded; nothing is left to train in this one.', 'a.pth: 1 of 3 epochs are done, going on.']
+    assert_same(learn, whole)
+
+
+def test_only_fits_are_saved(tmp_path):
+    "Not what `lr_find`, `validate`, `get_preds` and `tta` do; also where the callback stays on the learner"
+    learn = build(tmp_path, cbs=[SaveFixMatch('a', resume=True)])
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(num_it=6, show_plot=False)
+        learn.validate()
+        learn.get_preds()
+        learn.tta(n=1)
+    assert not (tmp_path / 'models/a.pth').exists() and '_with_events' not in vars(learn)
+    assert int(learn.fix_match.policy.counts[-1]) == 60, 'nothing was remembered'
+    one_cycle(learn, 1)
+    before = (tmp_path / 'models/a.pth').read_bytes()
+    learn.validate()
+    with learn.no_bar():
+        learn.tta(n=1)
+    assert (tmp_path / 'models/a.pth').read_bytes() == before
+    one_cycle(learn, 1)  # the second fit of this callback
+    assert checkpoint._read(tmp_path / 'models/a.pth')['fit'] == 1
+
+
+def test_a_callback_that_stays_goes_on_after_an_interrupt(tmp_path):
+    whole = build(tmp_path)
+    one_cycle(whole, 3)
+    learn = build(tmp_path, cbs=[SaveFixMatch('a', resume=True)])
+    cut_off(partial(one_cycle, n_epoch=3), learn, [])
+    learn.validate()
+    learn.export()
+    assert len(load_learner(tmp_path / 'export.pkl').validate(dl=learn.dls.valid)) == 2
+    one_cycle(learn, 3)
+    assert_same(learn, whole)
+    assert '_with_events' not in vars(learn)
+
+
+def snapshot(learn):
+    "The learner, as it would be missed"
+    ema = learn.model_ema.state_dict() if hasattr(learn, 'model_ema') else {}
+    fm = learn._grab_cbs(FixMatch)
+    return checkpoint._plain(
+        dict(
+            model=learn.model.state_dict(),
+            opt=learn.opt.state_dict()['state'],
+            grads=[p.grad for p in learn.model.parameters()],
+            ema=ema,
+            policy=fm[0].policy.state_dict() if fm else {},
+            steps=fm[0]._recorder._steps if fm else None,
+            losses=[*learn.recorder.losses],
+            values=[[*o] for o in learn.recorder.values],
+        )
+    )
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ('harm-was-done',)
+
+
+def damaged(kind):
+    def do(file):
+        data = file.read_bytes()
+        if kind == 'cut short':
+            file.write_bytes(data[: len(data) // 2])
+        elif kind == 'empty':
+            file.write_bytes(b'')
+        elif kind == 'one bit':
+            with checkpoint.zipfile.ZipFile(file) as z:
+                biggest = max(z.infolist(), key=lambda o: o.file_size)
+            at = biggest.header_offset + 1000
+            file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        elif kind == 'text':
+            file.write_text('not a checkpoint')
+        elif kind == 'program':
+            torch.save({'format': checkpoint._format, 'more': Evil()}, file)
+        elif kind == 'old pickle':
+            file.write_bytes(pickle.dumps(Evil()))
+
+    return do
+
+
+@pytest.mark.parametrize('kind', ['cut short', 'empty', 'one bit', 'text', 'program', 'old pickle'])
+def test_damaged_checkpoint(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    learn = build(tmp_path, cbs=[ModelEMA(half_life=3)])
+    one_cycle(learn, 1, cbs=SaveFixMatch('a'))
+    damaged(kind)(tmp_path / 'models/a.pth')
+    refused(learn, r"The file a\.pth can't be read as a checkpoint.*delete it", partial(one_cycle, n_epoch=2))
+    assert not Path('harm-was-done').exists()
+
+
+def refused(learn, match, fit=one_cycle):
+    before, loss_func = snapshot(learn), learn.loss_func
+    with pytest.raises(ValueError, match=match):
+        fit(learn, cbs=SaveFixMatch('a', resume=True))
+    same(snapshot(learn), before)
+    assert learn.loss_func is loss_func and '_with_events' not in vars(learn) and learn.fix_match._stream is None
+    one_cycle(learn, 1)  # and trains on
+
+
+def test_other_files_under_its_name(tmp_path):
+    learn = build(tmp_path, cbs=[ModelEMA(half_life=3)])
+    one_cycle(learn, 1)
+    learn.save('a', with_opt=False)
+    refused(learn, 'no checkpoint of this version of SaveFixMatch')
+    torch.save({'format': 'fixmatch_fastai checkpoint 99'}, tmp_path / 'models/a.pth')
+    refused(learn, 'no checkpoint of this version of SaveFixMatch')
+
+
+class Own(Policy):
+    "Remembers more for more classes, whatever its name says"
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def setup(self, n_classes, n_unlabeled, model):
+        self.remember(mean=torch.zeros(self.size))
+
+    def forward(self, batch):
+        return PseudoLabels(batch.probs.argmax(1), batch.probs.max(1).values)
+
+
+class Counter(Callback):
+    "Has a state of its own"
+
+    n = 0
+
+    def after_batch(self):
+        self.n += self.training
+
+    def state_dict(self):
+        return {'n': self.n}
+
+    def load_state_dict(self, sd):
+        self.n = sd['n']
+
+
+SETTINGS = {
+    'epochs: 2 there, 4 here': ({}, one_cycle),
+    'steps in an epoch: 3 there, 5 here': (dict(n_batches=5), partial(one_cycle, n_epoch=2)),
+    'unlabelled images: 60 there, 70 here': (dict(n_pool=70), partial(one_cycle, n_epoch=2)),
+    'labelled images: 20 there, 30 here': (dict(n_labeled=30), partial(one_cycle, n_epoch=2)),
+    'policy: .*FlexMatch.*threshold=0.5.* there, .*threshold=0.6.* here': (dict(policy=FlexMatch(0.6)), partial(one_cycle, n_epoch=2)),
+    'policy: .* there, .*FreeMatch.* here': (dict(policy=FreeMatch()), partial(one_cycle, n_epoch=2)),
+    r'shape of 0\.0\.weight: \(8, 1, 3, 3\) there, \(9, 1, 3, 3\) here': (
+        dict(net=lambda: nn.Sequential(ConvLayer(1, 9, stride=2), *drop_net()[1:4], nn.Linear(144, 10))),
+        partial(one_cycle, n_epoch=2),
+    ),
+    r'shape of 6\.weight: none there, \(10, 10\) here': (
+        dict(net=lambda: nn.Sequential(*drop_net(), nn.ReLU(), nn.Linear(10, 10))),
+        partial(one_cycle, n_epoch=2),
+    ),
+    r'decay of the average: \[\] there, \[0.5\] here': (dict(cbs=[ModelEMA(0.5)]), partial(one_cycle, n_epoch=2)),
+    r"callbacks with a state: \[\] there, \['counter'\] here": (dict(cbs=[Counter()]), partial(one_cycle, n_epoch=2)),
+    'optimizer: .*weight_decay.* there, .*SGD.* here': (dict(opt_func=nesterov_sgd), partial(one_cycle, n_epoch=2)),
+    r'parameters in each group: \[.\] there, \[., .\] here': (dict(splitter=groups), partial(one_cycle, n_epoch=2)),
+    r'lambda_u: .*1 1 1 1.* there, .*2 2 2 2.* here': (dict(lambda_u=2.0), partial(one_cycle, n_epoch=2)),
+    r'schedule of lr: 0.0004 0.01 0.0075 0.0025 there, 0.0008 0.02 0.015 0.005 here': ({}, partial(one_cycle, n_epoch=2, lr=2e-2)),
+    r'schedule of mom: ': ({}, partial(one_cycle, n_epoch=2, moms=(0.9, 0.8, 0.9))),
+    r'wd: \[0.01\] there, \[0.1\] here': ({}, partial(one_cycle, n_epoch=2, wd=0.1)),
+    'checksum of the labelled images: ': (dict(split=1), partial(one_cycle, n_epoch=2)),
+    'checksum of the unlabelled images: ': (dict(split=2), partial(one_cycle, n_epoch=2)),
+    'classes: .*8.*9.* there, .*9.*8.* here': (dict(vocab=[*'0123456798']), partial(one_cycle, n_epoch=2)),
+}
+
+
+@pytest.fixture(scope='module')
+def checkpoint_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('settings')
+    one_cycle(build(folder), 2, cbs=SaveFixMatch('a'))
+    return folder / 'models/a.pth'
+
+
+@pytest.mark.parametrize('match', SETTINGS)
+def test_checkpoint_of_another_run(tmp_path, checkpoint_file, match):
+    args, fit = SETTINGS[match]
+    learn = build(tmp_path, **args)
+    one_cycle(learn, 1)
+    shutil.copy(checkpoint_file, tmp_path / 'models/a.pth') if (tmp_path / 'models').exists() else shutil.copytree(checkpoint_file.parent, tmp_path / 'models')
+    refused(learn, match, fit)
+
+
+def test_frozen_layers(tmp_path):
+    learn = build(tmp_path, splitter=groups)
+    one_cycle(learn, cbs=SaveFixMatch('a'))
+    learn.freeze()
+    refused(learn, 'weights that are trained')
+
+
+@pytest.mark.parametrize('trained', [False, True])
+def test_memory_of_another_policy(tmp_path, trained):
+    "That looks the same from outside; before its first step, and after"
+    one_cycle(build(tmp_path, policy=Own(3)), 1, cbs=SaveFixMatch('a'))
+    learn = build(tmp_path, policy=Own(4))
+    learn.create_opt()
+    if trained:
+        one_cycle(learn, 1)
+    else:
+        learn.recorder.losses, learn.recorder.values = [], []
+    refused(learn, "a.pth holds another policy's memory", partial(one_cycle, n_epoch=1))
+
+
+def test_images_that_are_gone(tmp_path, pool):
+    "The stream starts before anything is loaded"
+    one_cycle(build(tmp_path), 1, cbs=SaveFixMatch('b'))
+    cut_off(one_cycle, build(tmp_path), [SaveFixMatch('a')])
+    learn = build(tmp_path, seed=3)
+    one_cycle(learn, 1)
+    learn.fix_match._unlabeled_dl.start_at = lambda place: 1 / 0
+    before = snapshot(learn)
+    with pytest.raises(ZeroDivisionError):
+        one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
+    after = snapshot(learn)
+    for part in ('model', 'opt', 'policy'):
+        same(after[part], before[part])
+
+
+def test_files_in_another_order(tmp_path):
+    "Is told, and training goes on"
+    cut_off(one_cycle, build(tmp_path), [SaveFixMatch('a')])
+    learn = build(tmp_path, reverse=True)
+    with pytest.warns(UserWarning, match='another order than in the run of a.pth'):
+        one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
+    assert len(learn.recorder.values) == N_EPOCHS
+
+
+def test_rows_of_a_table(tmp_path):
+    "Items may be rows: their index tells them apart"
+    items = pd.DataFrame({'a': [1, 2, 3]})
+    loaders = [SimpleNamespace(dataset=SimpleNamespace(items=o)) for o in (items.iloc[[0, 1]], items.iloc[[0, 2]], items.iloc[[1, 0]], torch.zeros(3))]
+    (a, a_), (b, _), (c, c_), nothing = map(checkpoint._checksums, loaders)
+    assert a != b and a == c and a_ != c_ and nothing[0] == 0
+
+
+def test_own_callbacks(tmp_path):
+    learn = build(tmp_path, cbs=[Counter()])
+    cut_off(one_cycle, learn, [SaveFixMatch('a')])
+    learn = build(tmp_path, cbs=[Counter()], seed=3)
+    one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
+    assert learn.counter.n == N_EPOCHS * N_STEPS
+    learn.counter.n = {1, 2}
+    with pytest.raises(TypeError, match='something in it is a set: give what holds it a `state_dict`'):
+        learn.counter.after_batch = lambda: None
+        one_cycle(learn, 1, cbs=SaveFixMatch('b'))
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize('how', ['interrupt', 'disk full', 'replace'])
+def test_writing_that_fails_leaves_the_file_before(tmp_path, monkeypatch, how):
+    learn = build(tmp_path)
+    one_cycle(learn, 1, cbs=SaveFixMatch('a'))
+    file, n = tmp_path / 'models/a.pth', []
+    before = file.read_bytes()
+
+    def half(state, tmp):
+        Path(tmp).write_bytes(b'half of it')
+        n.append(tmp)
+        raise KeyboardInterrupt if how == 'interrupt' else RuntimeError('enforce fail at inline_container.cc') if how == 'disk full' else OSError
+
+    if how == 'replace':
+        monkeypatch.setattr(checkpoint.os, 'replace', lambda a, b: (_ for _ in ()).throw(OSError('no space')))
+    else:
+        monkeypatch.setattr(checkpoint.torch, 'save', half)
+    if how == 'interrupt':
+        with pytest.raises(KeyboardInterrupt):
+            one_cycle(learn, 2, cbs=SaveFixMatch('a'))
+    else:
+        with pytest.warns(UserWarning, match='No checkpoint could be written after epoch 0 .*training goes on'):
+            one_cycle(learn, 2, cbs=SaveFixMatch('a'))
+        assert len(learn.recorder.values) == 2
+    assert file.read_bytes() == before and [o.name for o in file.parent.iterdir()] == ['a.pth']
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, 'rank_distrib', lambda: 1)
+    learn = build(tmp_path)
+    one_cycle(learn, 1, cbs=SaveFixMatch('a'))
+    learn.save_weights('w')
+    assert not [*(tmp_path / 'models').iterdir()]
+    monkeypatch.undo()
+    one_cycle(learn, 1, cbs=SaveFixMatch('a'))
+    monkeypatch.setattr(checkpoint, 'rank_distrib', lambda: 1)
+    capsys.readouterr()
+    other = build(tmp_path, seed=3)
+    set_seed(17)
+    expected = random.random()
+    set_seed(17)
+    one_cycle(other, 1, cbs=SaveFixMatch('a', resume=True))
+    assert random.random() == expected, 'other processes keep their own random numbers'
+    same(dict(other.model.state_dict()), dict(learn.model.state_dict()))
+    assert 'a.pth' not in capsys.readouterr().out
+
+
+class Idxs(Callback):
+    "Notes the images of each batch"
+
+    order, run_valid = 4, False
+
+    def before_fit(self):
+        self.seen, self.x = [], []
+
+    def before_batch(self):
+        self.x.append(self.xb[0].clone())
+
+    def after_pred(self):
+        self.seen.append(self.learn.fix_match._pending.idxs.tolist())
+
+
+def test_with_workers_the_same_images_and_labeled_views(tmp_path):
+    whole, note = build(tmp_path, num_workers=1), Idxs()
+    one_cycle(whole, 2, cbs=note)
+    cut_off(partial(one_cycle, n_epoch=2), build(tmp_path, num_workers=1), [SaveFixMatch('a')], at=4)
+    learn, again = build(tmp_path, num_workers=1, seed=3), Idxs()
+    one_cycle(learn, 2, cbs=[SaveFixMatch('a', resume=True), again])
+    assert again.seen == note.seen[N_STEPS:] and len(again.seen) == N_STEPS
+    same(torch.stack(again.x), torch.stack(note.x[N_STEPS:]))
+
+
+def fit_in_one_of_two(rank, path, cbs, seed):
+    learn, note = build(path, seed=seed, n_batches=4, cbs=[ModelEMA(half_life=3)]), Idxs()
+    try:
+        with learn.distrib_ctx(sync_bn=False):
+            one_cycle(learn, 2, cbs=[note, *cbs()])
+    except KeyboardInterrupt:
+        pass
+    return note.seen, dict(learn.model.state_dict()), dict(learn.fix_match.policy.state_dict()), len(learn.recorder.values)
+
+
+def test_two_processes(tmp_path):
+    "Each goes on with its share of the images, and both with the same weights"
+    pytest.importorskip('accelerate')
+    from test_processes import in_two
+
+    def run(name, *args):
+        (tmp_path / name).mkdir()
+        return in_two(fit_in_one_of_two, tmp_path / name, tmp_path, *args)
+
+    whole = run('whole', list, 1)
+    n_steps = len(whole[0][0]) // 2
+    run('cut', lambda: [SaveFixMatch('a'), Interrupt(n_steps + 1)], 1)
+    assert [o.name for o in (tmp_path / 'models').iterdir()] == ['a.pth'] and checkpoint._read(tmp_path / 'models/a.pth')['epoch'] == 1
+    resumed = run('resumed', lambda: [SaveFixMatch('a', resume=True)], 3)
+    for rank in range(2):
+        assert resumed[rank][0] == whole[rank][0][n_steps:] and resumed[rank][3] == 2
+    assert resumed[0][0] != resumed[1][0]
+    for part in (1, 2):
+        a, b = resumed[0][part], resumed[1][part]
+        same(*({k: v for k, v in o.items() if 'running' not in k} for o in (a, b)))
+
+
+def torch_learner(path, seed=1, generator=False):
+    "Torch's loaders on both sides, which can't tell their place"
+    set_seed(seed)
+    x, y = torch.randn(24, 1, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 10
+    kwargs = dict(generator=torch.Generator().manual_seed(seed)) if generator else {}
+    train, valid = (torch.utils.data.DataLoader([*zip(x, y)], batch_size=4, shuffle=s, **(kwargs if s else {})) for s in (True, False))
+    pool = torch.utils.data.DataLoader([*zip(x, x + 0.1)], batch_size=8, generator=torch.Generator())
+    dls = DataLoaders(train, valid, device='cpu')
+    return Learner(dls, no_bn(), loss_func=nn.CrossEntropyLoss(), path=path, cbs=FixMatch(pool, threshold=0.2, lambda_u=0.0))
+
+
+@pytest.mark.parametrize('generator', [False, True])
+def test_torch_loaders(tmp_path, generator):
+    "The labelled images come as they would have; the pool begins anew (and doesn't count here)"
+
+    def fit(learn, cbs=()):
+        quiet_fit(learn, 3, 1e-2, cbs=cbs)
+
+    whole = torch_learner(tmp_path, generator=generator)
+    fit(whole)
+    cut_off(fit, torch_learner(tmp_path, generator=generator), [SaveFixMatch('a')], at=8)
+    learn = torch_learner(tmp_path, seed=3, generator=generator)
+    fit(learn, cbs=SaveFixMatch('a', resume=True))
+    same([o[2] for o in learn.recorder.values], [o[2] for o in whole.recorder.values])
+    same(dict(learn.model.state_dict()), dict(whole.model.state_dict()))
+
+
+def test_scale_of_half_precision(tmp_path):
+    class Scaler:
+        def __init__(self, scale):
+            self.scale = scale
+
+        def state_dict(self):
+            return {'scale': self.scale}
+
+        def load_state_dict(self, sd):
+            self.scale = sd['scale']
+
+    class Half(Callback):
+        def __init__(self, scale):
+            self._scale = scale
+
+        def before_fit(self):
+            self.learn.scaler = Scaler(self._scale)
+
+    cut_off(one_cycle, build(tmp_path), [Half(512.0), SaveFixMatch('a')])
+    learn = build(tmp_path)
+    one_cycle(learn, cbs=[Half(1.0), SaveFixMatch('a', resume=True)])
+    assert learn.scaler.scale == 512.0
+    learn = build(tmp_path)
+    learn.to_fp16()  # without CUDA it has no scale
+    one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
+
+
+def test_a_gradient_of_zeros_is_not_none():
+    "Weight decay and momentum move a parameter that has one"
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    params[1].grad, params[2].grad = torch.zeros(2), torch.tensor([1.0, 2.0])
+    others = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    others[0].grad = torch.ones(2)
+    checkpoint._set_opt_state(SGD(others, 0.1), checkpoint._plain(checkpoint._opt_state(SGD(params, 0.1))))
+    assert others[0].grad is None
+    same([p.grad for p in others[1:]], [p.grad for p in params[1:]])
+
+
+def test_without_fixmatch(tmp_path):
+    "A supervised run, to compare with"
+
+    def supervised(seed):
+        learn = build(tmp_path, seed=seed, cbs=[ModelEMA(half_life=3)])
+        return learn.remove_cb(FixMatch)
+
+    whole = supervised(1)
+    one_cycle(whole)
+    cut_off(one_cycle, supervised(1), [SaveFixMatch('a')])
+    learn = supervised(3)
+    one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
+    same(dict(learn.model.state_dict()), dict(whole.model.state_dict()))
+
+
+@pytest.mark.parametrize(
+    'cbs, kwargs, match',
+    [
+        (lambda: [SaveFixMatch('a'), SaveFixMatch('b')], {}, 'two SaveFixMatch'),
+        (lambda: [SaveFixMatch('a'), SaveModelCallback(fname='a')], {}, r'SaveFixMatch and SaveModelCallback would both write a\.pth'),
+        (lambda: [SaveFixMatch('a', resume=True)], dict(start_epoch=1), 'either `resume=True` or `start_epoch`'),
+    ],
+)
+def test_use_that_can_not_be_meant(tmp_path, cbs, kwargs, match):
+    with pytest.raises(ValueError, match=match):
+        one_cycle(build(tmp_path), cbs=cbs(), **kwargs)
+
+
+def test_start_epoch_alone(tmp_path):
+    "fastai's way to skip epochs writes no checkpoint of those"
+    learn = build(tmp_path, metrics=None)
+    one_cycle(learn, 3, cbs=[SaveFixMatch('a', every=1), Interrupt(0)], start_epoch=3)
+    assert not (tmp_path / 'models/a.pth').exists()
+
+
+@pytest.mark.parametrize('every', [0, -1, 1.5, None])
+def test_every_is_checked(every):
+    with pytest.raises(ValueError, match='`every` is a number of epochs'):
+        SaveFixMatch(every=every)
+
+
+def test_the_callback_is_copied_and_pickled(tmp_path):
+    learn = build(tmp_path, cbs=[SaveFixMatch('sub/a', every=2)])
+    one_cycle(learn, 2)
+    assert (tmp_path / 'models/sub/a.pth').exists()
+    copies = deepcopy(learn.save_fix_match), pickle.loads(pickle.dumps(SaveFixMatch('a', every=3)))
+    assert [(o.fname, o.every) for o in copies] == [('sub/a', 2), ('a', 3)]
+
+
+# ---- weights ----
+
+
+def weights(learn):
+    return {n: v.clone() for n, v in learn.model.state_dict().items()}
+
+
+def test_weights_there_and_back(tmp_path):
+    learn, other = build(tmp_path, cbs=[ModelEMA(half_life=3)]), build(tmp_path, seed=3)
+    one_cycle(learn, 1)
+    file = learn.save_weights('w')
+    assert file == tmp_path / 'models/w.safetensors' and [o.name for o in file.parent.iterdir()] == ['w.safetensors']
+    assert other.load_weights(file) is other
+    same(weights(other), weights(learn))
+    same(weights(learn), dict(learn.model_ema.ema.module.state_dict()), check_device=True)  # the average is what was saved
+    with safe_open(file, 'pt') as f:
+        assert f.metadata() == dict(format='pt', vocab=json.dumps([*'0123456789']), fixmatch_fastai=__version__)
+    other.load_weights('w.safetensors')
+    assert learn.save_weights(tmp_path / 'x.safetensors') == tmp_path / 'x.safetensors'
+
+
+def test_training_goes_on_from_loaded_weights(tmp_path):
+    "The average of before is forgotten"
+    learn, other = build(tmp_path), build(tmp_path, seed=3, cbs=[ModelEMA(half_life=1000)])
+    file = learn.save_weights('w')
+    one_cycle(other, 1)
+    other.load_weights(file)
+    loaded = weights(other)
+    quiet_fit(other, 1, 0.0, wd=0.0)
+    same(
+        {n: v for n, v in weights(other).items() if 'running' not in n and 'num_b' not in n},
+        {n: v for n, v in loaded.items() if n in dict(other.model.named_parameters())},
+    )
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.a, self.b = nn.Conv2d(1, 4, 3), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+        flat = torch.randn(20)
+        self.register_buffer('one', flat[:8])
+        self.register_buffer('two', flat[8:])
+        self.register_buffer('none', torch.zeros(0))
+        self.register_buffer('none2', torch.zeros(0))
+        self.register_buffer('wide', torch.ones(1).expand(3))
+
+    def forward(self, x):
+        return self.b(self.a(self.conv(x).mean((2, 3))))
+
+
+def test_tied_shared_and_scattered_tensors(tmp_path):
+    a, b = (build(tmp_path, net=Tied, seed=s) for s in (1, 2))
+    for m in (a.model, b.model):
+        m.to(memory_format=torch.channels_last)
+    a.save_weights('w')
+    del b.model.wide  # a buffer with one number for three can't be written to
+    b.model.register_buffer('wide', torch.zeros(3))
+    b.load_weights('w')
+    same(weights(b), weights(a))
+    assert b.model.a.weight is b.model.b.weight and b.model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    state = {n: v.contiguous().clone() for n, v in a.model.state_dict().items() if n != 'a.weight'}
+    save_file(state, tmp_path / 'models/other_name.safetensors')  # as another tool may name them
+    b.model.a.weight.data.zero_()
+    b.load_weights('other_name')
+    same(b.model.a.weight, a.model.a.weight)
+
+
+def other_net(learn, change):
+    change(learn.model)
+    return learn
+
+
+@pytest.mark.parametrize(
+    'net, match',
+    [
+        (lambda: drop_net(9), r'2 differ, such as 4\.weight\): make the learner with the same network'),
+        (lambda: nn.Sequential(*drop_net(), nn.ReLU(), nn.Linear(10, 10)), r'2 differ, such as 6\.weight'),
+        (lambda: drop_net()[:3], r'2 differ, such as 4\.'),
+    ],
+)
+def test_weights_of_another_architecture(tmp_path, net, match):
+    build(tmp_path).save_weights('w')
+    learn = build(tmp_path, net=net, seed=3)
+    before = weights(learn)
+    with pytest.raises(ValueError, match=match):
+        learn.load_weights('w')
+    same(weights(learn), before)
+
+
+def test_weights_of_other_classes(tmp_path):
+    a, b = build(tmp_path), build(tmp_path, vocab=[*'1023456789'], seed=3)
+    file, before = a.save_weights('w'), weights(b)
+    with pytest.raises(ValueError, match=r"tell other classes apart, \['0', '1'.* and not \['1', '0'"):
+        b.load_weights(file)
+    same(weights(b), before)
+    b.load_weights(file, strict=False)
+    same(weights(b), weights(a))
+
+
+def test_a_part_of_the_weights(tmp_path):
+    a, b = build(tmp_path), build(tmp_path, seed=3, net=lambda: nn.Sequential(*drop_net()[:4], nn.ReLU(), nn.Linear(128, 10)))
+    b.load_weights(a.save_weights('w'), strict=False)
+    same(b.model[0].state_dict(), a.model[0].state_dict())
+    c = build(tmp_path, seed=3, net=lambda: drop_net(9))
+    with pytest.raises(ValueError, match='1 differ|2 differ'):
+        c.load_weights('w', strict=False)
+
+
+@pytest.mark.parametrize(
+    'damage', [lambda b: b[:-10], lambda b: b[:20], lambda b: b'', lambda b: struct.pack('<Q', 2**62) + b[8:], lambda b: pickle.dumps(Evil())]
+)
+def test_damaged_weights(tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    learn = build(tmp_path)
+    file = learn.save_weights('w')
+    file.write_bytes(damage(file.read_bytes()))
+    before = weights(learn)
+    with pytest.raises(ValueError, match="The file w.safetensors can't be read as safetensors"):
+        learn.load_weights('w')
+    same(weights(learn), before)
+    assert not Path('harm-was-done').exists()
+    with pytest.raises(FileNotFoundError, match='missing'):
+        learn.load_weights('missing')
+
+
+def test_weights_that_can_not_be_written_leave_those_before(tmp_path, monkeypatch):
+    learn = build(tmp_path)
+    file = learn.save_weights('w')
+    before = file.read_bytes()
+
+    def half(tensors, tmp, metadata):
+        Path(tmp).write_bytes(b'half')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, 'save_file', half)
+    with pytest.raises(KeyboardInterrupt):
+        learn.save_weights('w')
+    assert file.read_bytes() == before and [o.name for o in file.parent.iterdir()] == ['w.safetensors']
+
+
+# ---- export ----
+
+
+@pytest.mark.parametrize('ema', [False, True], ids=['', 'ModelEMA'])
+@pytest.mark.parametrize('moment', MOMENTS)
+@pytest.mark.parametrize('policy', POLICIES)
+def test_export(elsewhere, policy, moment, ema):
+    "Small, without images, their names or folders; elsewhere it predicts the same, with ModelEMA as the average does"
+    folder, data, _, said, found = elsewhere
+    name = f'{policy} {moment} {ema}'
+    assert found[name][0] == said[name][0]
+    assert found[name][1] == pytest.approx(said[name][1], abs=1e-6)
+    exported = (folder / f'{name}.pkl').read_bytes()
+    n_weights = sum(v.numel() * v.element_size() for v in drop_net().state_dict().values())
+    assert len(exported) < 3 * n_weights + 60_000
+    assert data.name.encode() not in exported and b'.png' not in exported and b'PNG' not in exported
+
+
+DATA = Path(__file__).parent / 'data'
+
+
+@pytest.mark.parametrize('file', sorted(DATA.glob('export_*.pkl')), ids=lambda o: o.stem)
+def test_learner_exported_by_an_earlier_version(file):
+    "Made by tests/data/make_export.py with the version in its name; it loads and predicts what it did then"
+    said = json.loads(file.with_suffix('.json').read_text())
+    learn = load_learner(file)
+    cls, probs = said_of(learn, (TensorImageBW(said['image']).byte(),))
+    assert cls == said['class'] and learn.dls.vocab == said['vocab']
+    assert probs == pytest.approx(said['probs'], abs=1e-5)
+    assert isinstance(learn.model_ema, ModelEMA)
+    assert {n: v.tolist() for n, v in learn.fix_match.policy.state_dict().items()} == said['memory']
+    assert file.stat().st_size < 100_000
+
+
+if __name__ == '__main__':
+    in_a_new_process(Path(sys.argv[1]))
