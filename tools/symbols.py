@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from importlib import import_module
 
 from fastcore.docments import ShowDocRenderer
@@ -14,11 +15,18 @@ def table(head, rows):
     return '\n'.join([f'| {head} | meaning |', '| --- | --- |', *rows]) if rows else ''
 
 
+def exported(name):
+    "The object called `name`, from whichever room has it: that of a notebook has no source"
+    import_module('fixmatch_fastai.all')
+    rooms = [m for k, m in sys.modules.items() if k.startswith('fixmatch_fastai.')]
+    return next(vars(m)[name] for m in rooms if getattr(vars(m).get(name), '__module__', None) == m.__name__)
+
+
 class Symbol(ShowDocRenderer):
     def _repr_markdown_(self):
         heading = f'{"#" * self.title_level} `{self.nm}`\n\n```python\n'
         if hasattr(self.sym, '_fields'):  # a NamedTuple says everything itself
-            return heading + inspect.getsource(getattr(import_module('fixmatch_fastai.all'), self.nm)) + '```'
+            return heading + inspect.getsource(exported(self.nm)) + '```'
         args = [('returns' if name == 'return' else f'`{name}`', arg.docment) for name, arg in self.dm.dm.items()]
         parts = [f'{heading}{self.signature()}\n```', self.docs, table('argument', args), table('method', self.methods())]
         return '\n\n'.join(o for o in parts if o)
