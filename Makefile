@@ -42,7 +42,7 @@ notebooks: $(READY) ## Run all notebooks
 
 unit: $(READY) ## Run the tests in tests/
 	@echo '--- tests'
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-compat: $(READY) ## Run the tests with the versions of Kaggle and Colab; one of them with ENV=kaggle, options of pytest in ARGS
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/compat.py $(ENV) -- $(ARGS)

@@ -629,6 +629,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fixmatch_fastai/record.py'),
                                         'fixmatch_fastai.record.SemiRecorder.after_batch': ( 'record.html#semirecorder.after_batch',
                                                                                              'fixmatch_fastai/record.py'),
+                                        'fixmatch_fastai.record.SemiRecorder.after_epoch': ( 'record.html#semirecorder.after_epoch',
+                                                                                             'fixmatch_fastai/record.py'),
                                         'fixmatch_fastai.record.SemiRecorder.after_train': ( 'record.html#semirecorder.after_train',
                                                                                              'fixmatch_fastai/record.py'),
                                         'fixmatch_fastai.record.SemiRecorder.after_validate': ( 'record.html#semirecorder.after_validate',

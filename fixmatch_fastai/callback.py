@@ -121,7 +121,9 @@ class FixMatch(Callback):
             self._learn.remove_cb(self._recorder)
         self._learn = learn
         if learn is None: return
-        if self._recorder.learn is not None: self._recorder = SemiRecorder()
+        if self._recorder.learn is not None: # a copy's, or one that `removed_cbs` puts back before its FixMatch
+            self._recorder._columns = ()
+            self._recorder = SemiRecorder()
         learn.add_cb(self._recorder)
 
 # %% ../nbs/04_callback.ipynb #d2e1a432
@@ -261,7 +263,8 @@ def _put_back(self:FixMatch):
 @patch
 def before_fit(self:FixMatch):
     self._clean_up()
-    known = self.create_mbar and self._unlabeled_dl is not None and _tells_truth(self._unlabeled_dl) # not asked in `validate` and `get_preds`
+    if not self.create_mbar: return self._recorder.start() # in `validate` and `get_preds`
+    known = self._unlabeled_dl is not None and _tells_truth(self._unlabeled_dl)
     self._recorder.start(['loss_x','loss_u','mask_rate'] + ['pseudo_acc']*known)
 
 # %% ../nbs/04_callback.ipynb #fafc7ecd

@@ -114,6 +114,7 @@ def _set_state(rng, state):
     elif isinstance(rng, torch.Generator): rng.set_state(state)
     else: rng.bit_generator.state = state
 
+# %% ../nbs/09_check.ipynb #04410b4d
 @contextmanager
 def _loaders_as_they_were(loaders):
     "Random numbers, and what `loaders` keep, as before"
@@ -148,6 +149,7 @@ def _vocab(fm):
     if vocab is None: vocab = getattr(_dataset(fm.dls.train), 'classes', None)
     return None if vocab is None else [str(o) for o in vocab]
 
+# %% ../nbs/09_check.ipynb #771b04bf
 def _labels(ds):
     "`(how many labels, function from place to class number)`, or `None`"
     if isinstance(ds, torch.utils.data.Subset):
@@ -222,6 +224,7 @@ class _Images:
         item = self.item(i)
         return '/'.join(Path(item).parts[-2:]) if isinstance(item, (str,Path)) else f'the one at place {i}'
 
+# %% ../nbs/09_check.ipynb #25ec19a1
 def _images(ds):
     "Those of `ds`, or `None` where it does not tell"
     if isinstance(ds, UnlabeledViews): ds = ds.dataset
@@ -354,6 +357,7 @@ def _draws(fm, n=50, k=5, seconds=2.):
         except Exception: continue # unreadable images and views of unlike sizes are other lines' business
     return draws,ds
 
+# %% ../nbs/09_check.ipynb #37865194
 def _check_views(fm):
     draws,ds = _draws(fm)
     if not draws: return []
@@ -387,20 +391,22 @@ class _Rehearsal:
         amp = fm.learn._grab_cbs(MixedPrecision)
         self.autocast = torch.autocast('cuda', torch.bfloat16 if amp[0].amp_mode == AMPMode.BF16 else torch.float16) if amp and xy[0].device.type == 'cuda' else nullcontext()
 
-    def __call__(self):
-        learn = self.learn
-        vars(learn).update(self.start)
-        self.fm.before_batch()
-        self.n_images,self.n_bytes = len(learn.xb[0]),learn.xb[0].nbytes
-        with self.autocast:
-            learn.pred = learn.model(*learn.xb)
-            if isinstance(learn.pred, Tensor) and learn.pred.ndim == 2: self.n_out = learn.pred.shape[1]
-            top = int(learn.yb[0].max()) # on a GPU a class without output would break more than this step
-            if self.n_out is not None and top >= self.n_out: raise ValueError(f"The model has {self.n_out} outputs, but there are labels up to {top}: give it one output for each class.")
-            self.fm.after_pred()
-            loss = learn.loss_func(cast(learn.pred, Tensor).float(), *learn.yb)
-        if self.params: torch.autograd.grad(loss, self.params, allow_unused=True)
-        self.loss,self.mask_rate = loss.item(),self.fm._recorder.history.mask_rate.iloc[-1]
+# %% ../nbs/09_check.ipynb #7d6086a8
+@patch
+def __call__(self:_Rehearsal):
+    learn = self.learn
+    vars(learn).update(self.start)
+    self.fm.before_batch()
+    self.n_images,self.n_bytes = len(learn.xb[0]),learn.xb[0].nbytes
+    with self.autocast:
+        learn.pred = learn.model(*learn.xb)
+        if isinstance(learn.pred, Tensor) and learn.pred.ndim == 2: self.n_out = learn.pred.shape[1]
+        top = int(learn.yb[0].max()) # on a GPU a class without output would break more than this step
+        if self.n_out is not None and top >= self.n_out: raise ValueError(f"The model has {self.n_out} outputs, but there are labels up to {top}: give it one output for each class.")
+        self.fm.after_pred()
+        loss = learn.loss_func(cast(learn.pred, Tensor).float(), *learn.yb)
+    if self.params: torch.autograd.grad(loss, self.params, allow_unused=True)
+    self.loss,self.mask_rate = loss.item(),self.fm._recorder.history.mask_rate.iloc[-1]
 
 # %% ../nbs/09_check.ipynb #1b82a86d
 def _stopped(name, e): return Finding(name, f'stops with {type(e).__name__}', 'problem', str(e) or "The exception has no message.")
@@ -421,6 +427,7 @@ def _check_step(fm, rehearsal, error):
     else: findings.append(_stopped('step', error))
     return findings
 
+# %% ../nbs/09_check.ipynb #d326ec55
 def _check_memory(rehearsal):
     found = f'{rehearsal.n_images:,} images in a joint batch, {rehearsal.n_bytes/1e6:.3g} MB of input'
     device = rehearsal.learn.xb[0].device
@@ -446,6 +453,7 @@ def _loaded(fm, images=200, seconds=1., most=10.):
     finally: stream.close()
     return batches,(ends[-1]-ends[skip-1])/(len(ends)-skip) if len(ends) > skip else None
 
+# %% ../nbs/09_check.ipynb #9fb7288c
 def _labeled(dl, images=200):
     "Labelled batches of about `images`, without workers, and the seconds for each"
     batches,n,start = [],0,time.perf_counter()
@@ -494,6 +502,7 @@ def _check_batches(fm, model, device, n_epoch, speed):
     x = {k: cast(torch.cat([o[0] for o in b]), Tensor) for k,(b,_) in sets.items() if b and isinstance(b[0][0], Tensor) and len({o[0].shape[1:] for o in b}) == 1}
     findings = [_check_channels({k: o.to(device) for k,o in x.items()}, weak)]
     if 'labelled' not in x: return findings
+    del x,weak # the memory that a step takes is measured
     rehearsal,error = _Rehearsal(fm, model, to_device(sets['labelled'][0][0], device), batches[0]),None
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -516,6 +525,7 @@ def _unknown(part, e):
     what = part.__name__.removeprefix('_check_')
     return Finding(what, f'not known: looking at it stopped with {type(e).__name__}: {e}', 'note', "Nothing need be wrong, the check may not know this kind of data: look yourself.")
 
+# %% ../nbs/09_check.ipynb #46ad264e
 def fixmatch_check(
     learn:Learner,     # With a `FixMatch` callback; it stays as it is
     n_epoch:int=1,     # Epochs for which the time is estimated

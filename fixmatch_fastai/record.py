@@ -46,19 +46,19 @@ class SemiRecorder(Callback):
     _columns,_place,_rows,_steps,_values,_fresh,_from,trouble = (),None,(),np.zeros((0,9)),(),False,0,{}
 
     def start(self,
-        columns # Those to show, of `loss_x`, `loss_u`, `mask_rate`, `pseudo_acc`
+        columns=None # Those to show, of `loss_x`, `loss_u`, `mask_rate`, `pseudo_acc`; default: as before, or the first three
     ):
         "Called by `FixMatch` as a fit begins: the first training batch will replace what the last fit left"
-        self._columns,self._fresh = tuple(columns),True
+        self._columns,self._fresh = tuple(columns or self._columns or ('loss_x','loss_u','mask_rate')),True
 
     def before_fit(self):
         names = self.learn.recorder.metric_names
-        # `validate` and `get_preds` train nothing: no columns. They are told by the progress bar that fastai takes from them
-        if set(self._columns) & set(names): return
+        if set(self._columns) & set(names): return # `removed_cbs` can put this callback back twice
         self._place = None
-        if not self.create_mbar: return
-        self._place = len(names) - (names[-1] == 'time')
-        names[self._place:self._place] = list(self._columns)
+        place = len(names) - (names[-1] == 'time')
+        names[place:place] = list(self._columns) # in `validate` and `get_preds` too, as trackers given to the Learner look for what they monitor
+        # but there are no values where nothing is trained, which the progress bar tells that fastai takes away
+        if self.create_mbar: self._place = place
 
     def add(self,
         loss_x,              # Labelled loss, a scalar tensor
@@ -132,6 +132,11 @@ class SemiRecorder(Callback):
         if self._place is None or len(recorder.log) > self._place: return
         recorder.log += [float('nan')]*(self._place-len(recorder.log)) # where training or validation was cut short, Recorder leaves values out
         recorder.log += self._values
+
+    def after_epoch(self):
+        if self.create_mbar: return
+        recorder = self.learn.recorder
+        recorder.values[-1] = recorder.values[-1] + [float('nan')]*(len(recorder.metric_names)-1-len(recorder.values[-1])) # what `validate` returns stays short
 
     @property
     def history(self)->pd.DataFrame: # `loss_x`, `loss_u`, `mask_rate`, `pseudo_acc`, a row for each step of the last fit

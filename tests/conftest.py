@@ -1,5 +1,6 @@
 "What the tests share: tiny images, tiny networks, and a fit without noise"
 
+import tracemalloc  # noqa: F401  else pytest imports it as it reports an unclosed file, which can be in the midst of an import
 import warnings
 
 warnings.filterwarnings('ignore', category=FutureWarning)  # before fastai is imported

@@ -217,11 +217,11 @@ def test_monitor_and_log(make_learner, tmp_path, train_metrics):
     assert [r[len(names)] for r in learn.recorder.values] == pytest.approx(learn.fix_match.history.loss_x.values.reshape(3, 3).mean(1).tolist())
 
 
-def test_columns_only_while_training(make_learner):
+def test_columns_hold_values_only_while_training(make_learner):
     learn = make_learner()
     quiet_fit(learn, 1)
     loss, acc = learn.validate()
-    assert learn.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time']
+    assert np.isnan(learn.recorder.values[-1][2:]).all()  # the columns are there for trackers, without values
     assert list(learn.metrics.attrgot('name')) == ['accuracy']
     preds, targs = learn.get_preds()
     assert len(preds) == len(targs) == 20
@@ -463,13 +463,15 @@ def test_policy_is_set_up_once_for_a_learner(make_learner):
     assert fm.policy.seen.sum() == 3 * 8 and fm.policy.model[0] is b.model, 'another learner: set up anew'
 
 
-def test_callbacks_taken_off_and_put_back(make_learner):
+@pytest.mark.parametrize('before', [0, 1])
+def test_callbacks_taken_off_and_put_back(make_learner, before):
     learn = make_learner()
+    quiet_fit(learn, before)
     with learn.removed_cbs(list(learn.cbs)):
         pass
     quiet_fit(learn, 1)
     assert learn.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', *COLUMNS, 'time']
-    assert len(learn.recorder.values[-1]) == 7
+    assert len(learn.recorder.values[-1]) == 7 and np.isfinite(learn.recorder.values[-1][3:6]).all()
 
 
 def test_copy_leaves_the_original_alone(make_learner):

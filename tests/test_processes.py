@@ -1,6 +1,7 @@
 "Training on several processes: two, with gloo, on the CPU"
 
 import os
+import socket
 import time
 import traceback
 
@@ -258,6 +259,27 @@ def in_trouble(rank, make_dls, pool, path):
 @pytest.mark.filterwarnings('ignore:The loss is not')
 def test_trouble_stops_both(make_dls, pool, tmp_path):
     assert in_two(in_trouble, tmp_path, make_dls, pool, tmp_path) == [(0, ['not_finite'])] * 2
+
+
+def launched(make_dls, pool, path):
+    import fastai.distributed
+
+    fastai.distributed.DistributedDL._broadcast = broadcast
+    rank = int(os.environ['RANK'])
+    torch.save(fit_together(rank, make_dls, pool, path, {}), path / f'{rank}.pt')
+
+
+@pytest.mark.timeout(60)
+def test_notebook_launcher(make_dls, pool, tmp_path, monkeypatch):
+    "accelerate's way to several processes from a notebook"
+    accelerate = pytest.importorskip('accelerate')
+    monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
+    with socket.create_server(('127.0.0.1', 0)) as s:
+        port = str(s.getsockname()[1])  # a free one
+    accelerate.notebook_launcher(launched, (make_dls, pool, tmp_path), num_processes=2, use_port=port)
+    a, b = (torch.load(tmp_path / f'{rank}.pt', weights_only=False) for rank in range(2))
+    assert_as_one(a, b)
+    assert not set(a['idxs'][:48].tolist()) & set(b['idxs'][:48].tolist()), 'no image in both'
 
 
 # --- DataParallel ------------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 python tools/matrix_page.py                  train all rows in .venv and with the versions of Kaggle and Colab
 python tools/matrix_page.py --env newest     in .venv only; results of the others stay
+
+Weights & Biases is too large to be set up for one row: `.venv/bin/pip install wandb` first, or that row is not run.
 """
 
 import argparse
