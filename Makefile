@@ -6,7 +6,7 @@ READY := .venv/.installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint check wheel notebooks unit test-compat matrix bench-policies outputs docs pages readme export format clean
+.PHONY: help demo test lint check wheel notebooks unit test-compat matrix bench bench-policies outputs docs pages readme export format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,9 @@ test-compat: $(READY) ## Run the tests with the versions of Kaggle and Colab; on
 
 matrix: $(READY) ## Train FixMatch beside everything in the compatibility matrix, in all environments, and write the page (5 minutes)
 	@$(BIN)/python tools/matrix_page.py $(ARGS)
+
+bench: $(READY) ## Measure views, steps, memory and growth (15 minutes on one core); options in ARGS, as in ARGS="--device cuda"
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ARGS)
 
 bench-policies: $(READY) ## Measure every policy (an hour on two cores); options in ARGS, as in ARGS="--images cifar10/train --labels 250"
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/policies.py $(ARGS)

@@ -1,5 +1,5 @@
 "The public names of fixmatch_fastai"
-from fixmatch_fastai.augment import Cutout, FixMatchTransform, strong_augment, weak_augment
+from fixmatch_fastai.augment import Cutout, FixMatchBatchTransform, FixMatchTransform, strong_augment, weak_augment
 from fixmatch_fastai.callback import FixMatch
 from fixmatch_fastai.check import fixmatch_check
 from fixmatch_fastai.checkpoint import SaveFixMatch
@@ -42,7 +42,7 @@ from fixmatch_fastai.uncertainty import (
 
 # `DataLoaders.unlabeled_dl` and `DataLoaders.repeat_train` come with `fixmatch_fastai.data`, `Learner.fit_fixmatch` with `fixmatch_fastai.recipe`,
 # `Learner.save_weights` and `Learner.load_weights` with `fixmatch_fastai.checkpoint`
-__all__ = ['AdaMatch', 'Cutout', 'Dash', 'DebiasMatch', 'DistributionAlignment', 'FeatureDensity', 'FixMatch', 'FixMatchTransform', 'FixedThreshold',
+__all__ = ['AdaMatch', 'Cutout', 'Dash', 'DebiasMatch', 'DistributionAlignment', 'FeatureDensity', 'FixMatch', 'FixMatchBatchTransform', 'FixMatchTransform', 'FixedThreshold',
            'FlexMatch', 'FreeMatch', 'MCDropout', 'ModelEMA', 'Policy', 'PseudoLabels', 'SaveFixMatch', 'SchedPartCos', 'ScoreThreshold', 'SemiBatch', 'SoftMatch', 'StopOnTrouble',
            'UDA', 'UnlabeledDL', 'ValidatedThreshold', 'WeakTransform', 'add_dropout', 'compare_scores', 'digits_path', 'dropout_passes', 'entropy', 'fixmatch_check',
            'mutual_info', 'nesterov_sgd', 'one_minus_confidence', 'one_minus_margin', 'one_minus_mean_confidence', 'penultimate',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_plain_mode', 'shift_reflect', 'WeakAugment', 'weak_augment', 'Cutout', 'RandAugment', 'same_pixels',
-           'StrongAugment', 'strong_augment', 'FixMatchTransform']
+           'StrongAugment', 'strong_augment', 'FixMatchTransform', 'FixMatchBatchTransform']
 
 # %% ../nbs/00_augment.ipynb #7c50d608
 import random
@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageEnhance, ImageOps
 from timm.data.auto_augment import rand_augment_transform
 
@@ -34,11 +35,11 @@ def shift_reflect(
     w,h = img.size
     if dx:
         stripe = img.crop((1, 0, dx+1, h) if dx > 0 else (w-1+dx, 0, w-1, h)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        img = ImageChops.offset(img, dx, 0)
+        img = img.crop((-dx, 0, w-dx, h))
         img.paste(stripe, (0 if dx > 0 else w+dx, 0))
     if dy:
         stripe = img.crop((0, 1, w, dy+1) if dy > 0 else (0, h-1+dy, w, h-1)).transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-        img = ImageChops.offset(img, 0, dy)
+        img = img.crop((0, -dy, w, h-dy))
         img.paste(stripe, (0, 0 if dy > 0 else h+dy))
     return img
 
@@ -103,15 +104,36 @@ def _shear_x(img, v): return _affine(img, 1, v, 0, 0, 1, 0)
 def _shear_y(img, v): return _affine(img, 1, 0, 0, v, 1, 0)
 def _translate_x(img, v): return _affine(img, 1, 0, v*img.width, 0, 1, 0)
 def _translate_y(img, v): return _affine(img, 1, 0, 0, 0, 1, v*img.height)
-def _posterize(img, v): return ImageOps.posterize(img, int(v))
 def _identity(img, v): return img
-def _autocontrast(img, v): return ImageOps.autocontrast(img)
 def _equalize(img, v): return ImageOps.equalize(img)
+
+# %% ../nbs/00_augment.ipynb #5f3156ef
+_LEVELS = np.arange(256)
+
+def _look_up(img, table):
+    "Replace every value by its entry in a table of 256"
+    return Image.frombytes(img.mode, img.size, img.tobytes().translate(table.astype(np.uint8).tobytes()))
+
+def _invert(img, v): return ImageChops.invert(img)
+def _solarize(img, v): return _look_up(img, np.where(_LEVELS < v, _LEVELS, 255-_LEVELS))
+def _solarize_add(img, v): return _look_up(img, np.where(_LEVELS < 128, np.minimum(_LEVELS+v, 255), _LEVELS))
+def _posterize(img, v): return _look_up(img, _LEVELS >> 8-int(v) << 8-int(v))
+
+def _autocontrast(img, v=None):
+    tables = []
+    for low,high in [img.getextrema()] if img.mode == 'L' else img.getextrema():
+        scale = 255/(high-low) if high > low else 1.
+        tables += (_LEVELS*scale - low*scale if high > low else _LEVELS).clip(0, 255).astype(int).tolist()
+    return img.point(tables)
+
+def _contrast(img, v):
+    mean = int(np.asarray(img.convert('L')).mean() + 0.5)
+    return Image.blend(Image.new(img.mode, img.size, mean if img.mode == 'L' else (mean,)*3), img, v)
 
 # %% ../nbs/00_augment.ipynb #40742860
 _OPS = dict(AutoContrast=_autocontrast, Brightness=partial(_enhance, ImageEnhance.Brightness), Color=partial(_enhance, ImageEnhance.Color),
-            Contrast=partial(_enhance, ImageEnhance.Contrast), Equalize=_equalize, Identity=_identity, Posterize=_posterize, Rotate=_rotate,
-            Sharpness=partial(_enhance, ImageEnhance.Sharpness), ShearX=_shear_x, ShearY=_shear_y, Solarize=ImageOps.solarize,
+            Contrast=_contrast, Equalize=_equalize, Identity=_identity, Posterize=_posterize, Rotate=_rotate,
+            Sharpness=partial(_enhance, ImageEnhance.Sharpness), ShearX=_shear_x, ShearY=_shear_y, Solarize=_solarize,
             TranslateX=_translate_x, TranslateY=_translate_y)
 
 # %% ../nbs/00_augment.ipynb #810ee73f
@@ -151,11 +173,18 @@ class RandAugment:
         for name,v in self.draw(): img = _OPS[name](img, v)
         return img
 
-# %% ../nbs/00_augment.ipynb #40a259b9
+# %% ../nbs/00_augment.ipynb #00ca7738
+def _like_timm(f, img, v=None, **_): return f(img, v)
+
+_SOONER = {name: partial(_like_timm, f) for name,f in dict(AutoContrast=_autocontrast, Contrast=_contrast, Invert=_invert, Posterize=_posterize,
+                                                           Solarize=_solarize, SolarizeAdd=_solarize_add).items()}
+
 class _TimmRandAugment:
     "timm's `rand-m9-mstd0.5`, for `L` and `RGB` images"
     def __init__(self):
         self.by_mode = {mode: rand_augment_transform('rand-m9-mstd0.5', dict(img_mean=grey)) for mode,grey in (('L',_GREY), ('RGB',(_GREY,)*3))}
+        for ops in self.by_mode.values():
+            for op in ops.ops: op.aug_fn = _SOONER.get(op.name, op.aug_fn) # timm draws, we compute the same pixels
     def __call__(self, img): return self.by_mode[img.mode](img)
 
 # %% ../nbs/00_augment.ipynb #32afe819
@@ -230,10 +259,245 @@ class FixMatchTransform:
         return self._tensor(self.weak(img)),self._tensor(self.strong(img))
 
     def _tensor(self, img):
-        t = torch.from_numpy(np.array(img))
-        t = t[None] if t.ndim == 2 else t.permute(2,0,1).contiguous()
+        a = np.asarray(img)
+        t = torch.from_numpy(a[None].copy() if a.ndim == 2 else a.transpose(2,0,1).copy())
         return t if self.mean is None else t.float().div_(255).sub_(self.mean[:,None,None]).div_(self.std[:,None,None])
 
     def __repr__(self):
         stats = '' if self.mean is None else f'mean={[round(v,4) for v in self.mean.tolist()]}, std={[round(v,4) for v in self.std.tolist()]}, '
         return f'FixMatchTransform({stats}weak={self.weak}, strong={self.strong})'
+
+# %% ../nbs/00_augment.ipynb #7eb71884
+# offset, slope, cut to a whole number?, either sign?
+_STRENGTHS = dict(
+    timm={**dict.fromkeys(_enhancers, (.1,1.8,0,0)), 'Posterize': (0,4,1,0), 'Rotate': (0,30,0,1), **dict.fromkeys(('ShearX','ShearY'), (0,.3,0,1)),
+          'Solarize': (0,256,1,0), 'SolarizeAdd': (0,110,1,0), **dict.fromkeys(('TranslateX','TranslateY'), (0,.45,0,1))},
+    google={**dict.fromkeys(_enhancers, (.1,1.8,0,0)), 'Posterize': (4,-4,1,0), 'Rotate': (0,30,0,1), **dict.fromkeys(('ShearX','ShearY'), (0,.3,0,1)),
+            'Solarize': (256,-256,1,0), **dict.fromkeys(('TranslateX','TranslateY'), (0,10/32,0,1))},
+    paper={**dict.fromkeys(_enhancers, (.05,.9,0,0)), 'Posterize': (4,5,1,0), 'Rotate': (-30,60,0,0), **dict.fromkeys(('ShearX','ShearY'), (-.3,.6,0,0)),
+           'Solarize': (0,256,0,0), **dict.fromkeys(('TranslateX','TranslateY'), (-.3,.6,0,0))})
+
+# %% ../nbs/00_augment.ipynb #9effc11b
+_TABLED = ['Brightness','Invert','Posterize','Solarize','SolarizeAdd'] # a table that is known before the image is
+_STRETCHED = ['AutoContrast','Equalize']                               # a table that depends on the image
+_BLENDED = ['Sharpness','Contrast','Color']                            # between the image and a duller one, or beyond it
+_WARPED = ['Rotate','ShearX','ShearY','TranslateX','TranslateY']
+_KINDS = ['Identity',*_TABLED,*_STRETCHED,*_BLENDED,*_WARPED]
+
+# %% ../nbs/00_augment.ipynb #41b269c1
+def _draw_ops(
+    name:str, # A recipe
+    n:int     # How many images
+)->tuple: # The operations as places in `_KINDS`, and their strengths, two arrays (layers, n)
+    "Draw the operations of `n` images, each its own"
+    google,paper = name == 'google',name == 'paper'
+    k = 3 if paper else 2
+    names = [o for o in _KINDS if o not in (('Identity',) if name == 'timm' else ('Invert','SolarizeAdd'))]
+    which,fires,level,sign = torch.rand(4, k, n, dtype=torch.float64).numpy()
+    if name == 'timm': level = (0.9 + 0.05*torch.randn(k, n, dtype=torch.float64).numpy()).clip(0, 1)
+    elif google: level = np.floor(1 + 9*level)/10
+    kinds = np.array([_KINDS.index(o) for o in names])[(len(names)*which).astype(int)]
+    table = np.array([_STRENGTHS[name].get(o, (0,0,0,0)) for o in _KINDS], dtype=float)
+    offset,slope,whole,signed = table[kinds].transpose(2,0,1)
+    v = slope*level
+    v = offset + np.where(whole > 0, np.trunc(v), v)
+    return np.where((fires < 0.5) | paper, kinds, 0),np.where((signed > 0) & (sign < 0.5), -v, v)
+
+# %% ../nbs/00_augment.ipynb #6beab0eb
+def _draw_shift(weak, n, h, w):
+    "Shift and flip of `n` images: for each axis, where its pixel `i` comes from, as `start + step*abs(side-1 - abs(i-shift))`"
+    flips,dy,dx = torch.rand(3, n, dtype=torch.float64).numpy()
+    my,mx = int(weak.shift*h),int(weak.shift*w)
+    shift = np.stack([np.floor(dy*(2*my+1))-my, np.floor(dx*(2*mx+1))-mx], 1)
+    flip = (flips < 0.5) & weak.flip
+    start = np.stack([np.full(n, h-1), np.where(flip, 0, w-1)], 1)
+    step = np.stack([np.full(n, -1), np.where(flip, 1, -1)], 1)
+    return np.stack([shift,start,step])
+
+# %% ../nbs/00_augment.ipynb #c45a98c8
+def _draw_box(cutout, n, h, w):
+    "Cutout of `n` images: for each axis, the middle of the rectangle and half its side"
+    f,*at = torch.rand(3, n, dtype=torch.float64).numpy()
+    f = cutout.low + (cutout.high-cutout.low)*f
+    side = [np.rint(f*o) for o in (h,w)]
+    return np.stack([np.stack([np.floor(a*o) - s//2 + (s-1)/2 for a,o,s in zip(at, (h,w), side)], 1), np.stack(side, 1)/2])
+
+# %% ../nbs/00_augment.ipynb #95817dea
+def _shift_batch(x, draws, pos, sides):
+    "Shift and flip images (..., M, channels, H, W); `draws` is (3, ..., M, 2)"
+    shift,start,step = draws[...,None]
+    i = (start + step*(sides - (pos-shift).abs()).abs()).long()
+    h,w = x.shape[-2:]
+    i = (w*i[...,0,:h,None] + i[...,1,None,:w]).flatten(-2)[...,None,:]
+    shape = *i.shape[:-2],x.shape[-3],-1
+    return x.flatten(-2).expand(shape).gather(-1, i.expand(shape)).unflatten(-1, (h,w))
+
+def _cut_batch(x, draws, pos):
+    "Hide a rectangle of each image (M, channels, H, W), in place; `draws` is (2, M, 2)"
+    middle,half = draws[...,None]
+    inside = (pos-middle).abs() < half
+    return x.masked_fill_(inside[:,0,None,:x.shape[2],None] & inside[:,1,None,None,:x.shape[3]], _GREY)
+
+# %% ../nbs/00_augment.ipynb #594f0644
+_V = np.nan # stands for the strength
+_LINES = np.array([(_V,)*6,              # threshold; slope, offset below it; slope, offset from it on; step
+                   (256, _V,0, 0,0, 1),  # Brightness
+                   (0, 0,0, -1,255, 1),  # Invert
+                   (256, 1,0, 0,0, _V),  # Posterize
+                   (_V, 1,0, -1,255, 1), # Solarize
+                   (128, 1,_V, 1,0, 1)]) # SolarizeAdd
+
+def _lines(kinds, v):
+    "The lines (n, 6) of operations"
+    v = np.where(kinds == _KINDS.index('Posterize'), 2**(8-v.clip(1, 8)), v)
+    return np.where(np.isnan(_LINES[kinds]), v[:,None], _LINES[kinds])
+
+def _tables(lines):
+    "Tables (n, 256), uint8, from lines (n, 6)"
+    i = torch.arange(256, device=lines.device)
+    at,slope,offset,slope2,offset2,step = lines.T[...,None]
+    return torch.where(i < at, slope*i + offset, slope2*i + offset2).clamp_(0, 255).div_(step, rounding_mode='floor').mul_(step).byte()
+
+# %% ../nbs/00_augment.ipynb #fb9854bf
+def _autocontrast_tables(idx):
+    "Tables (n, channels, 256) that stretch images (n, channels, pixels) to the full range, as Pillow does"
+    low,high = idx.aminmax(dim=-1, keepdim=True)
+    i = torch.arange(256, device=idx.device, dtype=torch.float32 if idx.device.type == 'mps' else torch.float64)
+    scale = i[-1:]/(high-low) # not 255/…, for which torch multiplies by a reciprocal
+    return torch.where(high > low, i*scale - low*scale, i).byte() # outside of low to high no one will look
+
+def _equalize_tables(idx):
+    "Tables (n, channels, 256) that level the histograms of images (n, channels, pixels), as Pillow does"
+    h = torch.zeros(*idx.shape[:2], 256, dtype=torch.int32, device=idx.device)
+    h.scatter_add_(2, idx, h.new_ones(1).expand(idx.shape))
+    step = (idx.shape[2] - h.gather(2, idx.amax(-1, keepdim=True))).div_(255, rounding_mode='floor')
+    below = h.cumsum(2, dtype=torch.int32) - h
+    table = (below + step.div(2, rounding_mode='floor')).div_(step.clamp(min=1), rounding_mode='floor')
+    return torch.where(step > 0, table.clamp_(max=255), torch.arange(256, device=idx.device, dtype=torch.int32)).byte()
+
+# %% ../nbs/00_augment.ipynb #37229849
+def _tabled(x, tables, n_stretch):
+    "Look up images (n, channels, H, W): the first by their `tables`, then `n_stretch` to auto-contrast, the others to equalise"
+    idx = x.flatten(2).long()
+    a,b = len(tables),len(tables)+n_stretch
+    parts = [tables[:,None].expand(-1, x.shape[1], -1)]
+    if b > a: parts.append(_autocontrast_tables(idx[a:b]))
+    if len(x) > b: parts.append(_equalize_tables(idx[b:]))
+    return torch.cat(parts).gather(2, idx).view_as(x)
+
+# %% ../nbs/00_augment.ipynb #a11f5ff2
+def _grey_batch(x):
+    "The grey of images (n, channels, H, W) as Pillow weighs it, int32 (n, 1, H, W); with other than 1 or 3 channels, their mean"
+    if x.shape[1] == 1: return x.int()
+    if x.shape[1] != 3: return x.float().mean(1, keepdim=True).round_().int()
+    r,g,b = x.int().split(1, 1)
+    return (19595*r).add_(g, alpha=38470).add_(b, alpha=7471).add_(32768) >> 16
+
+def _smooth_batch_(x):
+    "Put float images (n, channels, H, W) under Pillow's `SMOOTH`, in place; it leaves the outermost pixels alone"
+    inner = x[...,1:-1,1:-1]
+    if inner.numel(): inner.copy_(F.avg_pool2d(x, 3, 1, divisor_override=1).add_(inner, alpha=4).div_(13).round_())
+
+# %% ../nbs/00_augment.ipynb #1b7bd3c3
+def _blended(x, v, n_sharpen, n_contrast):
+    "Blend images (n, channels, H, W), in the order of `_BLENDED`, with their duller selves; `v` is (n,), 1 for the image itself"
+    a,b = n_sharpen,n_sharpen+n_contrast
+    dull = x.float()
+    _smooth_batch_(dull[:a])
+    if len(x) > a:
+        grey = _grey_batch(x[a:])
+        n = grey[0].numel()
+        dull[a:b] = (grey[:b-a].sum((1,2,3), keepdim=True) + n//2).div_(n, rounding_mode='floor')
+        dull[b:] = grey[b-a:]
+    return (dull + v[:,None,None,None]*(x-dull)).clamp_(0, 255)
+
+# %% ../nbs/00_augment.ipynb #4085bfdc
+def _maps(kinds, v, h, w):
+    "The affine maps (n, 6) of operations, output to input, in the coordinates of `grid_sample`"
+    rotate,shear_x,shear_y,move_x,move_y = (kinds == _KINDS.index(o) for o in _WARPED)
+    cos,sin = np.cos(np.radians(v)),np.sin(np.radians(v))
+    a = e = np.where(rotate, cos, 1) # x' = ax + by + c and y' = dx + ey + f, in pixels
+    b,d = np.where(rotate, -sin, v*shear_x),np.where(rotate, sin, v*shear_y)
+    c,f = np.where(rotate, w/2 - a*w/2 - b*h/2, v*w*move_x),np.where(rotate, h/2 - d*w/2 - e*h/2, v*h*move_y)
+    return np.stack([a, b*h/w, a + b*h/w + 2*c/w - 1, d*w/h, e, d*w/h + e + 2*f/h - 1], 1)
+
+def _warped(x, maps, us, vs):
+    "Map images (n, channels, H, W) by `maps` (n, 6); `us` (W) and `vs` (H) are the middles of the pixels, from -1 to 1"
+    u,v,one = maps.view(-1,1,1,2,3).unbind(-1)
+    grid = u*us[:,None] + (v*vs[:,None,None] + one)
+    out = F.grid_sample(x + 0.01, grid, padding_mode='border', align_corners=False)
+    return out.masked_fill_((grid.abs().amax(-1) > 1)[:,None], _GREY)
+
+# %% ../nbs/00_augment.ipynb #e45cdfab
+def _sort_ops(kinds, v, h, w):
+    "Where the groups of a sorted layer begin, and the numbers they need"
+    begin = [np.searchsorted(kinds, _KINDS.index(o)).item() for o in ('Brightness','AutoContrast','Equalize','Sharpness','Contrast','Color','Rotate')]
+    t,a,_,s,_,_,r = begin
+    return begin,[_lines(kinds[t:a], v[t:a]),v[s:r],_maps(kinds[r:], v[r:], h, w)]
+
+def _apply_ops(x, begin, tables, v, maps, us, vs):
+    "One layer of operations on sorted images (n, channels, H, W), in place"
+    t,a,e,s,c,o,r = begin
+    if s > t: x[t:s] = _tabled(x[t:s], tables, e-a)
+    if r > s: x[s:r] = _blended(x[s:r], v, c-s, o-c)
+    if len(x) > r: x[r:] = _warped(x[r:], maps, us, vs)
+
+def _send(arrays, device, dtype=np.float32):
+    "Arrays to `device` as tensors, in one copy"
+    t = torch.from_numpy(np.concatenate([np.ravel(a) for a in arrays]).astype(dtype))
+    if device.type == 'cuda': t = t.pin_memory() # or the copy would wait for the device
+    return [o.view(a.shape) for o,a in zip(t.to(device, non_blocking=True).split([a.size for a in arrays]), arrays)]
+
+# %% ../nbs/00_augment.ipynb #c3dba1eb
+def _middles(n): return (2*np.arange(n)+1)/n - 1
+
+def _augment_batch(
+    x,     # Images (n, channels, H, W), uint8
+    kinds, # Operations, places in `_KINDS` (layers, n)
+    v      # Their strengths (layers, n)
+): # Images like `x`
+    "Apply each image's own operations, layer by layer"
+    h,w = x.shape[-2:]
+    at,orders,layers = np.arange(len(x)),[],[]
+    for k,s in zip(kinds, v):
+        order = k[at].argsort(kind='stable')
+        at = at[order]
+        orders.append(order)
+        layers.append(_sort_ops(k[at], s[at], h, w))
+    lines,*rest = _send([np.concatenate([o[0] for _,o in layers]), *(o for _,os in layers for o in os[1:]), _middles(w), _middles(h)], x.device)
+    *orders,back = _send([*orders, at.argsort()], x.device, np.int64)
+    tables = _tables(lines).split([len(o[0]) for _,o in layers])
+    for order,(begin,_),table,a,b in zip(orders, layers, tables, rest[:-2:2], rest[1:-2:2]):
+        x = x.index_select(0, order)
+        _apply_ops(x, begin, table, a, b, *rest[-2:])
+    return x.index_select(0, back)
+
+# %% ../nbs/00_augment.ipynb #7ee23af1
+class FixMatchBatchTransform:
+    "A uint8 batch to its (weak, strong) views, on the device it is on, each image drawn by itself ([FixMatch](https://arxiv.org/abs/2001.07685), section 2.3)"
+    takes_batches = True # so that a loader brings whole batches to the device first
+    def __init__(self,
+        weak=None,  # A `weak_augment(...)`; default `weak_augment()`
+        strong=None # A `strong_augment(...)`; default `strong_augment('timm')` on the weak view
+    ):
+        self.weak = weak_augment() if weak is None else weak
+        strong = strong_augment() if strong is None else strong
+        self.strong = strong.on(self.weak) if isinstance(strong, StrongAugment) and strong.weak is None else strong
+        for name,o,ok in (('weak',self.weak,isinstance(self.weak, WeakAugment)),
+                          ('strong',self.strong,isinstance(self.strong, StrongAugment) and self.strong.name in _RECIPES and isinstance(self.strong.weak, WeakAugment))):
+            if not ok: raise TypeError(f"FixMatchBatchTransform takes a `{name}_augment(...)` as `{name}`, but got {o!r}: use FixMatchTransform for PIL functions of your own.")
+
+    def __call__(self,
+        x:torch.Tensor # Images (M, channels, H, W), uint8, on any device
+    )->tuple: # `(weak, strong)`, two uint8 tensors like `x`
+        if not isinstance(x, torch.Tensor) or x.dtype != torch.uint8 or x.ndim != 4:
+            got = f'{x.dtype} of shape {tuple(x.shape)}' if isinstance(x, torch.Tensor) else type(x).__name__
+            raise TypeError(f"FixMatchBatchTransform takes a uint8 batch (images, channels, height, width), but got {got}: use it before the images are normalised.")
+        n,_,h,w = x.shape
+        shifts = np.stack([_draw_shift(o, n, h, w) for o in (self.weak,self.strong.weak)], 1)
+        box,ops = _draw_box(self.strong.cutout, n, h, w),_draw_ops(self.strong.name, n)
+        shifts,box,pos,sides = _send([shifts, box, np.arange(max(h,w)), np.array([[h-1],[w-1]])], x.device)
+        weak,strong = _shift_batch(x.as_subclass(torch.Tensor), shifts, pos, sides)
+        return weak,_cut_batch(_augment_batch(strong, *ops), box, pos)
+
+    def __repr__(self): return f'FixMatchBatchTransform(weak={self.weak}, strong={self.strong})'

@@ -397,8 +397,9 @@ def __call__(self:_Rehearsal):
     learn = self.learn
     vars(learn).update(self.start)
     self.fm.before_batch()
-    self.n_images,self.n_bytes = len(learn.xb[0]),learn.xb[0].nbytes
     with self.autocast:
+        if self.fm._forward != 'joint': self.fm._pass_weak()
+        self.n_images,self.n_bytes = len(learn.xb[0]),learn.xb[0].nbytes
         learn.pred = learn.model(*learn.xb)
         if isinstance(learn.pred, Tensor) and learn.pred.ndim == 2: self.n_out = learn.pred.shape[1]
         top = int(learn.yb[0].max()) # on a GPU a class without output would break more than this step

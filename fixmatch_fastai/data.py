@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['digits_path', 'split_labeled', 'RepeatDL', 'WeakTransform', 'UnlabeledViews', 'UnlabeledDL']
 
-# %% ../nbs/01_data.ipynb #9f7b229a
-import itertools,os,random,tempfile
+# %% ../nbs/01_data.ipynb #b9aee65a
+import itertools,math,os,random,shutil,tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 import torch.distributed as dist
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists, test_set
@@ -20,7 +21,7 @@ from fastai.vision.core import PILBase, ToTensor
 from fastai.vision.data import get_grid
 from PIL import Image
 
-from .augment import FixMatchTransform, weak_augment
+from .augment import FixMatchTransform, to_plain_mode, weak_augment
 
 # %% ../nbs/01_data.ipynb #568cb7e3
 def digits_path(
@@ -128,6 +129,10 @@ def _as_pil(o):
     if isinstance(o, np.ndarray) and o.dtype == np.uint8: return Image.fromarray(o)
     raise TypeError(f"An unlabelled image must be a PIL image, or uint8 as an array (H, W, C) or a tensor (C, H, W), but the DataLoaders opened a {type(o).__name__}.")
 
+def _as_tensor(img):
+    a = torch.from_numpy(np.array(to_plain_mode(img)))
+    return a[None] if a.ndim == 2 else a.permute(2,0,1).contiguous()
+
 # %% ../nbs/01_data.ipynb #6c1f4e36
 def _own(dl): return vars(dl).get('dl', dl) # fastai's `DistributedDL` wraps a loader in training on several processes
 
@@ -140,6 +145,30 @@ def _model_size(valid, item, device):
     out = compose_tfms((to_device(x[None], device),), valid.after_batch.fs, split_idx=1)[0]
     return None if out.shape[-2:] == x.shape[-2:] else tuple(out.shape[:-3:-1])
 
+# %% ../nbs/01_data.ipynb #f880b21e
+def _free_memory(shared):
+    "Bytes that can still be taken, in shared memory or elsewhere"
+    free = psutil.virtual_memory().available
+    return min(free, shutil.disk_usage('/dev/shm').free) if shared and os.path.isdir('/dev/shm') else free
+
+class _Cache:
+    "Images of one shape, kept from the first time on"
+    def __init__(self, n, shape, shared):
+        size,free = n*math.prod(shape),_free_memory(shared)
+        if size > free:
+            raise ValueError(f"{n:,} images of {shape[1]}×{shape[0]} pixels take {size/1e9:.3g} GB, but there are {free/1e9:.3g} GB of {'shared ' if shared else ''}memory left: leave out `cache=True`, or make the images smaller.")
+        self.images,self.kept = torch.empty((n,*shape), dtype=torch.uint8),torch.zeros(n, dtype=torch.bool)
+        if shared: self.images.share_memory_(),self.kept.share_memory_()
+
+    def get(self, i, open):
+        "Image `i`, as `open(i)` made it the first time"
+        if not self.kept[i]:
+            img = to_plain_mode(open(i))
+            a = torch.from_numpy(np.array(img))
+            if a.shape != self.images.shape[1:]: return img # images of several shapes are told when they meet in a batch
+            self.images[i],self.kept[i] = a,True
+        return Image.fromarray(self.images[i].numpy())
+
 # %% ../nbs/01_data.ipynb #fcf0b280
 class UnlabeledViews:
     "Image `i` of a dataset as `(weak, strong, i)`, or as `((weak, strong), y, i)` where a `label_func` tells the truth"
@@ -148,8 +177,10 @@ class UnlabeledViews:
         dls:DataLoaders, # Whose validation transforms resize it
         tfm,             # PIL image to `(weak, strong)` tensors
         label_func=None, # Item to its class, for reporting only
+        cache=None       # Keep opened and resized images: `'shared'` among processes, or `'own'`
     ):
-        self.dataset,self.tfm,self.label_func = dataset,tfm,label_func
+        self.dataset,self.tfm,self.label_func,self.cache = dataset,tfm,label_func,cache
+        self._caches = {} # of the last size asked for; one dictionary for all that `following` makes
         self.o2i = dict(getattr(getattr(dls, 'vocab', None), 'o2i', {}))
         self._follow(dls)
 
@@ -158,6 +189,12 @@ class UnlabeledViews:
         self.item_tfms,self.size = _pil_tfms(valid),None
         _,item,_ = self.first_readable(range(len(self)), self._item)
         self.size = _model_size(valid, item, dls.device)
+        if self.cache is not None:
+            self._key = (self.size,*map(id, self.item_tfms))
+            if self._key not in self._caches:
+                shape = np.array(to_plain_mode(self.first_readable(range(len(self)), self._open)[1])).shape
+                self._caches.clear()
+                self._caches[self._key] = _Cache(len(self), shape, self.cache == 'shared'),self.item_tfms # kept, so that no others get their ids
         return self
 
     def following(self, dls):
@@ -181,6 +218,10 @@ class UnlabeledViews:
 
     def image(self, i):
         "Image `i` as PIL, opened and resized"
+        cached = self._caches.get(self._key) if self.cache is not None else None
+        return self._open(i) if cached is None else cached[0].get(i, self._open)
+
+    def _open(self, i):
         img = _as_pil(compose_tfms(self._item(i), self.item_tfms, split_idx=1))
         return img if self.size is None or img.size == self.size else img.resize(self.size, Image.Resampling.BILINEAR)
 
@@ -188,11 +229,20 @@ class UnlabeledViews:
 
     def views(self, img, i):
         "`img`, which is image `i`, as views"
-        views = self.tfm(img)
+        views = [o[0] for o in self.tfm(_as_tensor(img)[None])] if self.in_batches else self.tfm(img)
         if not (isinstance(views, (tuple,list)) and len(views) == 2 and all(isinstance(v, torch.Tensor) and v.ndim == 3 for v in views)):
             said = ', '.join(type(v).__name__ for v in views) if isinstance(views, (tuple,list)) else type(views).__name__
             raise TypeError(f"The view transform must return two tensors (channels, H, W), weak and strong, but it returned {said}: use `FixMatchTransform(weak=..., strong=...)` around functions of PIL images.")
         return (*views,i) if self.label_func is None else (tuple(views),self.label(i),i)
+
+    @property
+    def in_batches(self)->bool:
+        "Are views made of whole batches, on the device?"
+        return getattr(self.tfm, 'takes_batches', False)
+
+    def plain(self, img, i):
+        "`img`, which is image `i`, for views that are made of batches"
+        return (_as_tensor(img),i) if self.label_func is None else (_as_tensor(img),self.label(i),i)
 
     def first_readable(self,
         places,       # Places in the pool, in the order in which they are tried
@@ -217,7 +267,7 @@ class _Replacing:
     def __getitem__(self, i):
         others = (random.randrange(len(self)) for _ in itertools.count())
         i,img,damaged = self.views.first_readable(itertools.chain([i], others))
-        return self.views.views(img, i),damaged
+        return (self.views.plain if self.views.in_batches else self.views.views)(img, i),damaged
 
 # %% ../nbs/01_data.ipynb #4482dbc0
 class _EndlessBatches:
@@ -229,7 +279,7 @@ class _EndlessBatches:
         rng = np.random.default_rng(seed)
         while True:
             idxs = rng.permutation(self.n) if self.shuffle else np.arange(self.n)
-            yield from idxs[min(drawn,self.n):].tolist()
+            yield from map(int, idxs[min(drawn,self.n):])
             drawn = max(0, drawn-self.n)
 
     def __iter__(self):
@@ -248,10 +298,9 @@ def _shared(seed):
     dist.broadcast(seed, 0)
     return seed.item()
 
-# %% ../nbs/01_data.ipynb #aa9fe6ab
+# %% ../nbs/01_data.ipynb #6e2c68db
 def _collate(pairs):
-    views = [o[0] if isinstance(o[0], tuple) else o[:2] for o in pairs]
-    shapes = {tuple(v.shape) for pair in views for v in pair}
+    shapes = {tuple(v.shape) for o in pairs for v in (o[0] if isinstance(o[0], tuple) else o[:2]) if isinstance(v, torch.Tensor)}
     if len(shapes) > 1:
         raise ValueError(f"The unlabelled images differ in shape ({', '.join(map(str, sorted(shapes)[:2]))}): add `item_tfms=Resize(...)` to the DataLoaders, so that all get one size.")
     return fa_collate(pairs)
@@ -259,6 +308,12 @@ def _collate(pairs):
 def _collate_replaced(samples):
     pairs,damaged = zip(*samples)
     return _collate(list(pairs)),{i: e for o in damaged for i,e in o.items()}
+
+def _on_device(tfm, batch, device):
+    "A batch of plain images as one of views"
+    img,*y,idxs = batch
+    weak,strong = tfm(to_device(img, device))
+    return ((weak,strong),*y,idxs) if y else (weak,strong,idxs)
 
 # %% ../nbs/01_data.ipynb #1d77d5be
 class UnlabeledDL(TfmdDL):
@@ -309,7 +364,7 @@ class UnlabeledDL(TfmdDL):
 def stream(self:UnlabeledDL,
     dls:DataLoaders=None, # Whose sizes to follow; default: those it was made with
     alone:bool=False      # In training on several processes: for this one only, not a share?
-): # A generator of batches on the CPU, `uint8` views pinned where there is CUDA
+): # A generator of batches; `uint8` views on the CPU, pinned where there is CUDA, or on the device, where a transform of batches makes them there
     "Full batches for ever, reshuffled on each pass; `close()` it to end its workers"
     views,bs = self.dataset,self.bs
     if isinstance(getattr(dls, 'valid', None), TfmdDL):
@@ -329,7 +384,7 @@ def stream(self:UnlabeledDL,
         for n,(batch,damaged) in enumerate(it, 1):
             self._damaged.update(damaged)
             if not alone: self._place = place[0],place[1]+n*bs*world
-            yield batch
+            yield _on_device(views.tfm, batch, getattr(dls, 'device', None) or self.device) if views.in_batches else batch
     finally:
         # a traceback that someone keeps would keep `it`, and with it the workers, alive
         if hasattr(it, '_shutdown_workers'): it._shutdown_workers()
@@ -341,8 +396,9 @@ _dl_kwargs = ('bs','shuffle','drop_last','num_workers','pin_memory','timeout','d
 def unlabeled_dl(self:DataLoaders,
     items,           # Unlabelled images, in any form these `DataLoaders` open: files, arrays, DataFrame rows
     mu:int=7,        # Unlabelled images for each labelled one in a batch (μ of the paper)
-    tfm=None,        # PIL image to `(weak, strong)` tensors; default `FixMatchTransform()`
+    tfm=None,        # PIL image to `(weak, strong)` tensors, default `FixMatchTransform()`; or `FixMatchBatchTransform()`, for views made on the device
     label_func=None, # Item to its true class; only `pseudo_acc`, a report, is made of it
+    cache:bool=False,# Open and resize each image once, and keep it in memory?
     **kwargs         # `bs`, `shuffle`, `drop_last`, `num_workers`, `pin_memory`, `timeout`, `device`
 )->UnlabeledDL: # Its batches are `(weak, strong, idxs)`; views are (M, channels, H, W), uint8 unless `tfm` normalises; `idxs` (M,) are places in `items`
     "A loader of weak and strong views of `items`, opened and resized as these `DataLoaders` do"
@@ -361,8 +417,9 @@ def unlabeled_dl(self:DataLoaders,
         mu = None
     opts = dict(bs=self.train.bs*(mu or 1), num_workers=self.train.fake_l.num_workers, device=self.device,
                 pin_memory=torch.cuda.is_available() and torch.device(self.device or 'cpu').type == 'cuda')
-    views = UnlabeledViews(test_set(valid.dataset, items), self, tfm or FixMatchTransform(), label_func)
-    return UnlabeledDL(views, mu=mu, **{**opts, **kwargs})
+    opts = {**opts, **kwargs}
+    views = UnlabeledViews(test_set(valid.dataset, items), self, tfm or FixMatchTransform(), label_func, ('shared' if opts['num_workers'] else 'own') if cache else None)
+    return UnlabeledDL(views, mu=mu, **opts)
 
 # %% ../nbs/01_data.ipynb #08ab74b4
 def _displayable(img, tfm):
@@ -380,7 +437,9 @@ def show_batch(self:UnlabeledDL,
     **kwargs      # To fastai's `show_image`
 ):
     "Show weak views above the strong views of the same images, with their class where it is known"
-    if b is None: b,_ = _collate_replaced([_Replacing(self.dataset)[i] for i in random.sample(range(len(self.dataset)), min(max_n, len(self.dataset)))])
+    if b is None:
+        b,_ = _collate_replaced([_Replacing(self.dataset)[i] for i in random.sample(range(len(self.dataset)), min(max_n, len(self.dataset)))])
+        if self.dataset.in_batches: b = _on_device(self.dataset.tfm, b, self.device)
     (weak,strong),y = (b[0],b[1]) if isinstance(b[0], (tuple,list)) else (b[:2],None)
     n = min(max_n, len(weak))
     axs = get_grid(2*n, nrows=2, ncols=n, figsize=figsize or (1.3*n,3))

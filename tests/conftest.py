@@ -1,5 +1,7 @@
 "What the tests share: tiny images, tiny networks, and a fit without noise"
 
+import gc
+import multiprocessing
 import tracemalloc  # noqa: F401  else pytest imports it as it reports an unclosed file, which can be in the midst of an import
 import warnings
 
@@ -43,6 +45,18 @@ def no_bn(n_out=10):
 def quiet_fit(learn, *args, method='fit', **kwargs):
     with learn.no_bar(), learn.no_logging():
         return getattr(learn, method)(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def no_process_left():
+    "A loader that a test leaves running would fail another, which looks for such"
+    yield
+    if multiprocessing.active_children():
+        gc.collect()
+        left = multiprocessing.active_children()
+        for p in left:
+            p.kill()
+        assert not left, 'the test leaves processes running'
 
 
 @pytest.fixture(scope='session')

@@ -70,6 +70,31 @@ def test_shift_equals_numpy():
         assert np.array_equal(np.asarray(shift_reflect(img, dx, dy)), a[5 - dy : 14 - dy, 5 - dx : 16 - dx])
 
 
+def test_shift_by_more_than_half():
+    "Up to one pixel less than the side, as the docstring says; even and odd sides"
+    for w, h in ((3, 2), (4, 4), (7, 5)):
+        img = noise((w, h))
+        a = np.pad(np.asarray(img), ((h - 1, h - 1), (w - 1, w - 1), (0, 0)), mode='reflect')
+        for dx in range(1 - w, w):
+            for dy in range(1 - h, h):
+                assert np.array_equal(np.asarray(shift_reflect(img, dx, dy)), a[h - 1 - dy : 2 * h - 1 - dy, w - 1 - dx : 2 * w - 1 - dx])
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGB'])
+def test_timm_recipe_is_timm(mode):
+    "Pixel for pixel what timm makes of the same seed, though some tables are built sooner"
+    from timm.data.auto_augment import rand_augment_transform
+
+    ours = strong_augment('timm').ops
+    theirs = rand_augment_transform('rand-m9-mstd0.5', {'img_mean': 128 if mode == 'L' else (128,) * 3})
+    for img in (noise(mode=mode), noise((1, 1), mode), noise((90, 73), mode), Image.new(mode, (8, 6), 7 if mode == 'L' else (7, 9, 100))):
+        for i in range(300):
+            seed(i)
+            expected = theirs(img)
+            seed(i)
+            assert ours(img) == expected
+
+
 def test_weak_reaches_its_bounds_and_no_further():
     "12.5 % of 32 pixels are 4: all of the 9 × 9 shifts and both flips occur, nothing else"
     seed(0)

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from conftest import tiny_net
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import policies  # noqa: E402
+import speed  # noqa: E402
 
 
 def test_policies(tmp_path, monkeypatch, capsys):
@@ -56,3 +59,54 @@ def test_every_policy_trains_in_the_benchmark(tmp_path, digits):
 def test_the_committed_table_is_made_of_the_committed_runs():
     rows = policies.in_order(pd.read_csv(ROOT / 'benchmarks/policies.csv'))
     assert policies.table(rows) == (ROOT / 'benchmarks/policies.md').read_text()
+
+
+def small_net():
+    torch.manual_seed(0)
+    return tiny_net(norm=None, n_in=3)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(speed, 'NETS', {'small': small_net, 'ResNet-18': small_net})
+    monkeypatch.setattr(speed, 'wide_resnet', small_net)
+
+
+def test_bare_loop_takes_the_same_steps(small, monkeypatch):
+    "What FixMatch is measured against does the same work: equal weights after as many steps"
+    data = speed.batch(4, 7, 'cpu')
+    bare = speed.Bare(small_net(), data, 'cpu', False)
+    for _ in range(4):
+        speed.bare(bare.net, bare.opt, data, False)
+    for forward in speed.FORWARDS:
+        ours = speed.Ours(small_net(), data, 'cpu', False, forward)
+        ours()
+        for p, q in zip(bare.net.parameters(), ours.learn.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_speed(small, tmp_path):
+    speed.main(['--out', str(tmp_path), '--only', 'steps', 'mu', '--rounds', '1'])
+    text = (tmp_path / 'results.md').read_text(encoding='utf-8')
+    assert '### The step' in text and '| small |' in text and '### Growth with mu' in text and '### Views' not in text
+    assert 'Not measured yet: `make bench ARGS="--device cuda"`' in text
+    speed.main(['--out', str(tmp_path), '--only', 'steps', '--rounds', '1'])
+    assert '### Growth with mu' in (tmp_path / 'results.md').read_text(encoding='utf-8'), 'one table is measured anew, the others stay'
+
+
+def test_start_up(capsys):
+    speed.main(['--pool', '1000'])
+    first, each, taken = speed.json.loads(capsys.readouterr().out)
+    assert first > 0 and each > 0 and taken < 100e6
+
+
+def test_rounds_and_ratios():
+    calls = []
+    times = speed.in_turn({'a': lambda: calls.append('a') or 2, 'b': lambda: calls.append('b') or 1}, 3)
+    assert times == {'a': [2] * 3, 'b': [1] * 3} and calls == ['a', 'b'] * 4
+    assert speed.ratio({'a': [2, 4, 9], 'b': [1, 4, 3]}, 'b') == {'a': 2, 'b': 1}
+
+
+def test_wide_resnet_is_the_papers():
+    n = sum(p.numel() for p in speed.wide_resnet().parameters())
+    assert 1.45e6 < n < 1.5e6, '1.5 million, as the paper says'

@@ -111,7 +111,7 @@ def fit_together(rank, make_dls, pool, path, how):
     loader = dls.unlabeled_dl(pool, mu=2, tfm=FixMatchTransform(weak=weak_augment(flip=False)), label_func=parent_label)
     set_seed(0)  # the same in both, as users have it
     noted = Noted()
-    fm = FixMatch(loader, policy=POLICIES[how.get('policy', 'FixedThreshold')]())
+    fm = FixMatch(loader, policy=POLICIES[how.get('policy', 'FixedThreshold')](), forward=how.get('forward', 'joint'))
     cbs = [fm, noted, *[cb() for cb in how.get('cbs', ())]]
     learn = Learner(dls, how.get('model', tiny_net)(), opt_func=SGD, metrics=accuracy, path=path, cbs=cbs)
     with learn.distrib_ctx(sync_bn=False):
@@ -193,6 +193,25 @@ def test_one_step_is_that_of_the_joined_batch(together):
         torch.testing.assert_close(p - 0.1 * p.grad, q, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize('policy', ['FixedThreshold', 'AdaMatch'])
+def test_forward(make_dls, pool, tmp_path, policy):
+    "Weak views in a pass of their own, and other numbers that count in each process: the steps are those of the joint pass, without BatchNorm"
+
+    def run(forward):
+        (tmp_path / forward).mkdir()
+        return in_two(fit_together, tmp_path / forward, make_dls, pool, tmp_path, dict(policy=policy, forward=forward, model=no_bn))
+
+    joint = run('joint')
+    for forward in ('split', 'selective'):
+        a, b = run(forward)
+        assert_as_one(a, b)
+        for p, q in zip(joint[0]['params'], a['params']):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        for o, other in zip(joint, (a, b)):
+            assert other['steps'][:, 2].tolist() == o['steps'][:, 2].tolist(), 'mask rates'
+    assert (joint[0]['steps'][:, 2] != joint[1]['steps'][:, 2]).any(), 'the processes should differ in what counts'
+
+
 def test_ema(together):
     a, b = together(cbs=[lambda: ModelEMA(half_life=2)])
     assert_as_one(a, b)
@@ -269,14 +288,20 @@ def launched(make_dls, pool, path):
     torch.save(fit_together(rank, make_dls, pool, path, {}), path / f'{rank}.pt')
 
 
-@pytest.mark.timeout(60)
 def test_notebook_launcher(make_dls, pool, tmp_path, monkeypatch):
-    "accelerate's way to several processes from a notebook"
+    "accelerate's way to several processes from a notebook; here from a process of its own, as it keeps the signals of the one it was called in"
     accelerate = pytest.importorskip('accelerate')
     monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
     with socket.create_server(('127.0.0.1', 0)) as s:
         port = str(s.getsockname()[1])  # a free one
-    accelerate.notebook_launcher(launched, (make_dls, pool, tmp_path), num_processes=2, use_port=port)
+    opts = dict(num_processes=2, use_port=port)
+    notebook = mp.get_context('fork').Process(target=accelerate.notebook_launcher, args=(launched, (make_dls, pool, tmp_path)), kwargs=opts)
+    notebook.start()
+    notebook.join(120)
+    if notebook.is_alive():
+        notebook.terminate()
+        notebook.join(40)
+    assert notebook.exitcode == 0
     a, b = (torch.load(tmp_path / f'{rank}.pt', weights_only=False) for rank in range(2))
     assert_as_one(a, b)
     assert not set(a['idxs'][:48].tolist()) & set(b['idxs'][:48].tolist()), 'no image in both'
