@@ -143,7 +143,7 @@ def bench_views(args):
         rows.append([f'{size} px', *(f'{speed[k]:,.0f}' for k in methods), *(f'{1 / to[k]:.2f}×' for k in ('workers', 'batch'))])
         print(rows[-1], flush=True)
     text = table(['', 'plain recipe', '`FixMatchTransform`', '`FixMatchBatchTransform`', 'ratio', 'ratio of the batch'], rows)
-    text += '\nImages a second on one core, two views of each; decoding and resizing left out. '
+    text += f'\nImages a second on one core, two views of each, medians of {3 * args.rounds} rounds; decoding and resizing left out. '
     text += (
         'The plain recipe flips, applies RandAugment to one view and normalises both; ours shift and cut out besides, and leave normalising to the device.\n'
     )
@@ -301,7 +301,7 @@ def bench_steps(args):
         text += f'{b} labelled images, mu {mu}, 32×32 pixels, {"bf16" if amp else "float32"}:\n\n' + table(head, rows) + '\n'
     return (
         text
-        + 'A bare loop does the same forward and backward passes in plain PyTorch, on the same tensors. In *selective* half of the pseudo-labels count; in the last column one in eight.\n'
+        + f'Medians of {args.rounds} rounds. A bare loop does the same forward and backward passes in plain PyTorch, on the same tensors. In *selective* half of the pseudo-labels count; in the last column one in eight.\n'
     )
 
 
@@ -361,7 +361,10 @@ def bench_mu(args):
         times = in_turn({(mu, f): o for mu, fs in learners.items() for f, o in fs.items()}, args.rounds)
         to = ratio(times, (1, 'joint'))
         rows += [[f'mu {mu}', f'{4 + 8 * mu}', *(f'{to[mu, f]:.2f}' for f in FORWARDS)] for mu in learners]
-    return table(['', 'images in the joint pass', *FORWARDS], rows) + '\nStep time of a ResNet-18 with 4 labelled images, relative to the joint pass at mu 1.\n'
+    return (
+        table(['', 'images in the joint pass', *FORWARDS], rows)
+        + f'\nStep time of a ResNet-18 with 4 labelled images, relative to the joint pass at mu 1; medians of {args.rounds} rounds.\n'
+    )
 
 
 def start_up(n):

@@ -23,6 +23,7 @@ from fastai.callback.all import BnFreeze
 from fastai.vision.all import (
     Callback,
     CategoryBlock,
+    ChannelsLast,
     CrossEntropyLossFlat,
     CSVLogger,
     CutMix,
@@ -170,6 +171,7 @@ class Bench:
         loader=None,  # Makes an unlabelled loader of `dls`
         policy=lambda dls: FixedThreshold(0.15),  # Makes a policy
         lambda_u=1.0,
+        forward='joint',
         first=(),  # These make callbacks that stand before FixMatch in the list
         cbs=(),  # And these, those behind it
         make=Learner,  # `Learner`, or what is called as it is
@@ -178,7 +180,7 @@ class Bench:
         set_seed(0)
         dls = dls() if dls else self.dls()
         loader = loader(dls) if loader else dls.unlabeled_dl(images()[2], mu=1, label_func=parent_label)
-        fm = FixMatch(loader, policy=policy(dls), lambda_u=lambda_u)
+        fm = FixMatch(loader, policy=policy(dls), lambda_u=lambda_u, forward=forward)
         cbs = [*(cb() for cb in first), fm, *(cb() for cb in cbs)]
         learn = make(dls, model(), **{'metrics': accuracy, 'path': self.path, 'cbs': cbs, **kwargs})
         learn.model.to(self.device)
@@ -951,6 +953,25 @@ POLICIES = {
     'FlexMatch | FreeMatch': lambda dls: FlexMatch(0.15) | FreeMatch(decay=0.5),
 }
 THINGS = ['alone', 'half-precision logits', 'GradientAccumulation', 'MixUp', 'ModelEMA']
+
+
+FORWARD = 'Passes of their own'
+
+
+def forwards(bench, forward, thing):
+    if thing == 'half-precision logits':
+        bench = bench.at('fp16')
+    cbs = {'GradientAccumulation': lambda: GradientAccumulation(8), 'MixUp': MixUp, 'ModelEMA': lambda: ModelEMA(half_life=1), 'ChannelsLast': ChannelsLast}
+    passes = []
+    look = lambda: Note('before_batch', lambda cb: passes.append(len(cb.x)), 100)
+    bench.trains(forward=forward, cbs=[look, *([cbs[thing]] if thing in cbs else [])])
+    assert set(passes) <= ({8} if forward == 'split' else {4, 5, 6, 7, 8}), passes
+
+
+for forward in ('split', 'selective'):
+    for thing in [*THINGS, 'ChannelsLast']:
+        says = 'weak images are not in the pass with gradient, nor, with selective, those that count for nothing'
+        row(FORWARD, f"forward='{forward}'" + (f' with {thing}' if thing != 'alone' else ''), says, forward, thing)(forwards)
 
 
 def policies(bench, make, thing):
