@@ -326,9 +326,11 @@ class Replicas(nn.DataParallel):
 @pytest.mark.parametrize('n', [2, 3])
 def test_each_replica_gets_its_share(make_learner, n):
     "Every replica sees labelled, weak and strong images, and the step is the one without replicas (no BatchNorm)"
-    plain, parallel = make_learner(model=no_bn()), make_learner(model=no_bn())
+    plain, parallel = (make_learner(model=no_bn(), fixmatch=dict(threshold=0.12)) for _ in range(2))
     parallel.model.load_state_dict(plain.model.state_dict())
+    set_seed(1)
     quiet_fit(plain, 1)
+    assert plain.fix_match.history.mask_rate.min() > 0
     net = Replicas(parallel.model, n)
     parallel.model = net
 
@@ -340,6 +342,7 @@ def test_each_replica_gets_its_share(make_learner, n):
             kinds = torch.tensor([0] * 4 + [1] * 8 + [2] * 8)[order]
             assert all(len(set(o.tolist())) == 3 for o in kinds.chunk(n))
 
+    set_seed(1)
     quiet_fit(parallel, 1, cbs=Joint())
     assert len(net.seen) >= 3
     for p, q in zip(plain.model.parameters(), net.module.parameters()):
