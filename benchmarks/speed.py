@@ -148,12 +148,15 @@ def bench_views(args):
         'The plain recipe flips, applies RandAugment to one view and normalises both; ours shift and cut out besides, and leave normalising to the device.\n'
     )
     if args.device == 'cuda':
-        x = torch.randint(0, 256, (448, 3, 32, 32), dtype=torch.uint8, device='cuda')
-        for _ in range(5):
-            in_batches(FixMatchBatchTransform(), x)
-        ms = statistics.median(in_batches(FixMatchBatchTransform(), x, 20) for _ in range(7)) * len(x) * 1e3
-        text += f'\nOn the GPU, both views of 448 images of 32×32: {ms:.2f} ms.\n'
+        text += f'\nOn the GPU, both views of 448 images of 32×32: {1e3 * views_of_448(args.device):.2f} ms.\n'
     return text
+
+
+def views_of_448(device, times=20):
+    "Seconds for both views of a batch of 448 images of 32×32 pixels"
+    x = torch.randint(0, 256, (448, 3, 32, 32), dtype=torch.uint8, device=device)
+    in_batches(FixMatchBatchTransform(), x, 5)
+    return statistics.median(in_batches(FixMatchBatchTransform(), x, times) for _ in range(7)) * len(x)
 
 
 # --- steps -------------------------------------------------------------------------------------------------------------------------------
@@ -355,12 +358,10 @@ def bench_memory(args):
 
 
 def bench_mu(args):
-    rows = []
-    for name in ('ResNet-18',):
-        learners = {mu: {f: Ours(NETS[name](), batch(4, mu, args.device), args.device, False, f) for f in FORWARDS} for mu in (1, 3, 7)}
-        times = in_turn({(mu, f): o for mu, fs in learners.items() for f, o in fs.items()}, args.rounds)
-        to = ratio(times, (1, 'joint'))
-        rows += [[f'mu {mu}', f'{4 + 8 * mu}', *(f'{to[mu, f]:.2f}' for f in FORWARDS)] for mu in learners]
+    mus = (1, 3, 7)
+    methods = {(mu, f): Ours(NETS['ResNet-18'](), batch(4, mu, args.device), args.device, False, f) for mu in mus for f in FORWARDS}
+    to = ratio(in_turn(methods, args.rounds), (1, 'joint'))
+    rows = [[f'mu {mu}', f'{4 + 8 * mu}', *(f'{to[mu, f]:.2f}' for f in FORWARDS)] for mu in mus]
     return (
         table(['', 'images in the joint pass', *FORWARDS], rows)
         + f'\nStep time of a ResNet-18 with 4 labelled images, relative to the joint pass at mu 1; medians of {args.rounds} rounds.\n'
@@ -451,32 +452,36 @@ class Fresh:
 
 
 def bench_waiting(args):
-    "Share of a WRN-28-2 step that goes to waiting for views; on a GPU only, where it matters"
-    if args.device != 'cuda':
-        return ''
-    rows, cores = [], len(os.sched_getaffinity(0))
-    x, y, weak, strong = batch(64, 7, 'cuda')
+    "On a GPU only, where it matters"
+    return waiting(args.device) if args.device == 'cuda' else ''
+
+
+def waiting(device, b=64, steps=60):
+    "Share of a WRN-28-2 step that goes to waiting for views"
+    rows, cores, amp = [], len(os.sched_getaffinity(0)), device == 'cuda'
+    data = batch(b, 7, device)
     for name, tfm, workers in (
         ('workers', FixMatchTransform(), 2),
         ('workers', FixMatchTransform(), min(cores, 8)),
         ('on the device', FixMatchBatchTransform(), 2),
     ):
         for forward in FORWARDS:
-            ours = Ours(wide_resnet(), (x, y, weak, strong), 'cuda', True, forward)
+            ours = Ours(wide_resnet(), data, device, amp, forward)
             base = statistics.median(ours() for _ in range(3))
-            fresh, stamps = Fresh(64, tfm, workers, 'cuda'), Stamps('cuda')
-            learn = Learner(
-                fresh.dls.repeat_train(60), wide_resnet().cuda(), opt_func=sgd, lr=0.01, cbs=[FixMatch(fresh.dl, policy=Half(), forward=forward), stamps]
-            ).to_bf16()
+            fresh, stamps = Fresh(b, tfm, workers, device), Stamps(device)
+            cbs = [FixMatch(fresh.dl, policy=Half(), forward=forward), stamps]
+            learn = Learner(fresh.dls.repeat_train(steps), wide_resnet().to(device), opt_func=sgd, lr=0.01, cbs=cbs)
+            if amp:
+                learn.to_bf16()
             with learn.no_bar(), learn.no_logging():
                 learn.fit(1)
-            gaps = [b - a for a, b in zip(stamps.stamps[20:], stamps.stamps[21:])]
-            step = statistics.mean(gaps)
+            first, last = stamps.stamps[steps // 3], stamps.stamps[-1]  # workers have started by then
+            step = (last - first) / (steps - 1 - steps // 3)
             rows.append([name, workers, forward, f'{1e3 * base:.0f} ms', f'{1e3 * step:.0f} ms', f'{max(0, 1 - base / step):.0%}'])
             print(rows[-1], flush=True)
     return (
         table(['views', 'workers', 'forward', 'step alone', 'step with views', 'waiting'], rows)
-        + f'\nWRN-28-2 in bf16, 64 labelled images, mu 7, cached digits at 32×32; {cores} cores.\n'
+        + f'\nWRN-28-2 in {"bf16" if amp else "float32"}, {b} labelled images, mu 7, cached digits at 32×32; {cores} cores.\n'
     )
 
 

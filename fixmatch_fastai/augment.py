@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_plain_mode', 'shift_reflect', 'WeakAugment', 'weak_augment', 'Cutout', 'RandAugment', 'same_pixels',
-           'StrongAugment', 'strong_augment', 'FixMatchTransform', 'FixMatchBatchTransform']
+           'StrongAugment', 'strong_augment', 'as_tensor', 'FixMatchTransform', 'FixMatchBatchTransform']
 
 # %% ../nbs/00_augment.ipynb #7c50d608
 import random
@@ -123,7 +123,8 @@ def _autocontrast(img, v=None):
     tables = []
     for low,high in [img.getextrema()] if img.mode == 'L' else img.getextrema():
         scale = 255/(high-low) if high > low else 1.
-        tables += (_LEVELS*scale - low*scale if high > low else _LEVELS).clip(0, 255).astype(int).tolist()
+        offset = low*scale if high > low else 0.
+        tables += (_LEVELS*scale - offset).clip(0, 255).astype(int).tolist()
     return img.point(tables)
 
 def _contrast(img, v):
@@ -173,10 +174,10 @@ class RandAugment:
         for name,v in self.draw(): img = _OPS[name](img, v)
         return img
 
-# %% ../nbs/00_augment.ipynb #00ca7738
+# %% ../nbs/00_augment.ipynb #c2cb686f
 def _like_timm(f, img, v=None, **_): return f(img, v)
 
-_SOONER = {name: partial(_like_timm, f) for name,f in dict(AutoContrast=_autocontrast, Contrast=_contrast, Invert=_invert, Posterize=_posterize,
+_FASTER = {name: partial(_like_timm, f) for name,f in dict(AutoContrast=_autocontrast, Contrast=_contrast, Invert=_invert, Posterize=_posterize,
                                                            Solarize=_solarize, SolarizeAdd=_solarize_add).items()}
 
 class _TimmRandAugment:
@@ -184,7 +185,7 @@ class _TimmRandAugment:
     def __init__(self):
         self.by_mode = {mode: rand_augment_transform('rand-m9-mstd0.5', dict(img_mean=grey)) for mode,grey in (('L',_GREY), ('RGB',(_GREY,)*3))}
         for ops in self.by_mode.values():
-            for op in ops.ops: op.aug_fn = _SOONER.get(op.name, op.aug_fn) # timm draws, we compute the same pixels
+            for op in ops.ops: op.aug_fn = _FASTER.get(op.name, op.aug_fn) # timm draws, we compute the same pixels
     def __call__(self, img): return self.by_mode[img.mode](img)
 
 # %% ../nbs/00_augment.ipynb #32afe819
@@ -226,6 +227,14 @@ def strong_augment(
     ops,cutout = _RECIPES[name]
     return StrongAugment(name, ops(), cutout, weak)
 
+# %% ../nbs/00_augment.ipynb #15d94e08
+def as_tensor(
+    img:Image.Image # `L` or `RGB`
+)->torch.Tensor: # uint8 (channels, H, W)
+    "The pixels of `img`, copied"
+    a = np.asarray(img)
+    return torch.from_numpy(a[None].copy() if a.ndim == 2 else a.transpose(2,0,1).copy())
+
 # %% ../nbs/00_augment.ipynb #b14a9e57
 class FixMatchTransform:
     "A PIL image to its (weak, strong) views, drawn independently ([FixMatch](https://arxiv.org/abs/2001.07685), section 2.3)"
@@ -256,12 +265,8 @@ class FixMatchTransform:
         if not isinstance(img, Image.Image):
             raise TypeError(f"FixMatchTransform takes a PIL image, but got {type(img).__name__}: put it before any transform that makes tensors.")
         img = to_plain_mode(img) if self.mean is None else img.convert('L') if len(self.mean) == 1 else to_plain_mode(img).convert('RGB')
-        return self._tensor(self.weak(img)),self._tensor(self.strong(img))
-
-    def _tensor(self, img):
-        a = np.asarray(img)
-        t = torch.from_numpy(a[None].copy() if a.ndim == 2 else a.transpose(2,0,1).copy())
-        return t if self.mean is None else t.float().div_(255).sub_(self.mean[:,None,None]).div_(self.std[:,None,None])
+        views = as_tensor(self.weak(img)),as_tensor(self.strong(img))
+        return views if self.mean is None else tuple(t.float().div_(255).sub_(self.mean[:,None,None]).div_(self.std[:,None,None]) for t in views)
 
     def __repr__(self):
         stats = '' if self.mean is None else f'mean={[round(v,4) for v in self.mean.tolist()]}, std={[round(v,4) for v in self.std.tolist()]}, '

@@ -131,12 +131,11 @@ class FixMatch(Callback):
     def learn(self, learn):
         if self._learn is not None and any(cb is self for cb in self._learn.cbs): # not so for a copy of an attached one
             self._clean_up()
-            self._learn.remove_cbs([self._recorder, *self._learn._grab_cbs(EarlyPass)])
+            self._learn.remove_cbs([self._recorder, *[cb for cb in self._learn.cbs if cb is self._early]])
         self._learn = learn
         if learn is None: return
-        if self._recorder.learn is not None: # a copy's, or one that `removed_cbs` puts back before its FixMatch
-            self._recorder._columns = ()
-            self._recorder,self._early = SemiRecorder(),EarlyPass()
+        if self._recorder.learn is learn: return # `removed_cbs` put them back before
+        if self._recorder.learn is not None: self._recorder,self._early = SemiRecorder(),EarlyPass() # this is a copy
         learn.add_cbs([self._recorder] + [self._early]*(self._forward != 'joint'))
 
 # %% ../nbs/04_callback.ipynb #d2e1a432
@@ -280,7 +279,7 @@ def _shown(weights, parts=8):
 def _pass_weak(self:FixMatch):
     "The weak views' pass without gradient, and, for `'selective'`, the decision which strong ones count"
     step = self._pending
-    if step is None or step.strong is None: return # `removed_cbs` can put `EarlyPass` back twice
+    if step is None: return
     x,selective = cast(self.xb[0], Tensor),self._forward == 'selective'
     both = selective and self.policy.needs_labeled
     net = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model

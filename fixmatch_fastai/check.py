@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .callback import FixMatch, _own, endless, own_loss, unpack
+from .checkpoint import _batch_size, _generator_state, _len, _set_generator_state
 from .data import UnlabeledViews, _as_pil
 from .policy import alone
 from .record import SemiRecorder
@@ -107,37 +108,26 @@ def _parts(loader):
         found += [v for v in inside if hasattr(v, '__dict__') and not any(v is p for p in found)]
     return found
 
-def _state(rng): return rng.getstate() if isinstance(rng, random.Random) else rng.get_state() if isinstance(rng, torch.Generator) else rng.bit_generator.state
-
-def _set_state(rng, state):
-    if isinstance(rng, random.Random): rng.setstate(state)
-    elif isinstance(rng, torch.Generator): rng.set_state(state)
-    else: rng.bit_generator.state = state
-
 # %% ../nbs/09_check.ipynb #04410b4d
 @contextmanager
 def _loaders_as_they_were(loaders):
     "Random numbers, and what `loaders` keep, as before"
     states,parts = get_random_states(),[o for loader in loaders if hasattr(loader, '__dict__') for o in _parts(loader)]
     kept = [(o,dict(vars(o))) for o in parts]
-    rngs = [(v,_state(v)) for o in parts for v in vars(o).values() if isinstance(v, (random.Random,torch.Generator,np.random.Generator))]
+    rngs = [(v,_generator_state(v)) for o in parts for v in vars(o).values() if isinstance(v, (random.Random,torch.Generator,np.random.Generator))]
     for o in parts: vars(o).update({k: dict(v) for k,v in vars(o).items() if type(v) is dict}) # what is written into them goes into copies
     try: yield
     finally:
         for o,was in kept:
             vars(o).clear()
             vars(o).update(was)
-        for rng,state in rngs: _set_state(rng, state)
+        for rng,state in rngs: _set_generator_state(rng, state)
         set_random_states(**states)
 
 # %% ../nbs/09_check.ipynb #40a81c90
 def _dataset(dl): return getattr(_own(dl), 'dataset', None)
 
 def _valid(fm): return fm.dls.valid if len(fm.dls.loaders) > 1 else None
-
-def _size(o):
-    try: return len(o)
-    except TypeError: return None # loaders of iterable datasets have `__len__`, but no length
 
 def _some(n, most):
     "At most `most` of `n` places, always the same"
@@ -184,12 +174,10 @@ def _check_labels(fm, most=50_000):
         (missing and len(places) == n, 'problem', "Label some images of the missing classes, or leave these out of the vocabulary: a model that is never shown a class can't give right pseudo-labels for it."),
         (missing or hi > 10*lo, 'note', "Label more images of the rare classes, or try a policy that evens classes out, as `AdaMatch()` or `DebiasMatch()`."))]
 
-# %% ../nbs/09_check.ipynb #ef70c5b5
-def _bs(dl): return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
-
+# %% ../nbs/09_check.ipynb #5f683ecf
 def _check_epoch(fm):
     train = fm.dls.train
-    steps,bs,n = _size(train),_bs(train),_size(_dataset(train))
+    steps,bs,n = _len(train),_batch_size(train),_len(_dataset(train))
     if steps is None: return []
     return [_judged('epoch', f'{steps:,} steps of {bs} labelled images',
         (steps == 0, 'problem', f"There are fewer labelled images ({n}) than the batch size: use `dls.repeat_train(100)` for epochs of 100 full batches, or a smaller `bs`."),
@@ -197,10 +185,10 @@ def _check_epoch(fm):
 
 def _check_pool(fm):
     dl,train = fm._unlabeled_dl,fm.dls.train
-    n,n_x,bs = _size(_dataset(dl)),_size(_dataset(train)),_bs(train)
-    m = dl.mu*bs if getattr(dl, 'mu', None) else _bs(dl)
+    n,n_x,bs = _len(_dataset(dl)),_len(_dataset(train)),_batch_size(train)
+    m = dl.mu*bs if getattr(dl, 'mu', None) else _batch_size(dl)
     if n is None or not n_x or not m or not bs: return []
-    none = not hasattr(dl, 'stream') and _size(dl) == 0
+    none = not hasattr(dl, 'stream') and _len(dl) == 0
     return [_judged('pool', f'{n:,} unlabelled images, {n/n_x:.2g} for each labelled one; {m} in a batch, mu = {m/bs:.2g}',
         (none, 'problem', "The loader yields no batch: use a smaller batch size, or `drop_last=False`."),
         (n < m, 'note', "The pool is shorter than a batch, in which images are then repeated: use a smaller `mu`."),
@@ -345,7 +333,7 @@ def _check_channels(labeled, weak):
 def _draws(fm, n=50, k=5, seconds=2.):
     "`(place, weak, strong)` of at most `n` images, `k` views of each kind; and the dataset they are of"
     ds,draws,start = _dataset(fm._unlabeled_dl),[],time.perf_counter()
-    if not hasattr(ds, '__getitem__') or not _size(ds): return draws,ds
+    if not hasattr(ds, '__getitem__') or not _len(ds): return draws,ds
     ours = isinstance(ds, UnlabeledViews)
     if ours and isinstance(_valid(fm), TfmdDL): ds = ds.following(fm.dls)
     for i in _some(len(ds), n):
@@ -478,7 +466,7 @@ def _timed(step, device, seconds=1., most=10):
     return float(np.median(times[1:] or times))
 
 def _check_speed(fm, m, load_s, x_s, step_s, device, n_epoch):
-    workers,steps = _workers(fm._unlabeled_dl),_size(fm.dls.train)
+    workers,steps = _workers(fm._unlabeled_dl),_len(fm.dls.train)
     who = 'they take turns' if workers == 0 else 'the model waits' if load_s > step_s else 'the loader waits'
     slow = load_s > (.5 if workers == 0 else 1.1)*step_s
     findings = [_judged('speed', f'{m/load_s:,.0f} unlabelled images/s from the loader with {workers} workers, {m/step_s:,.0f} through the model: {who}',
@@ -495,7 +483,7 @@ def _check_batches(fm, model, device, n_epoch, speed):
     "What can only be known from batches: channels, outputs, step, memory, speed"
     name,loaders = 'labelled batch',dict(labelled=fm.dls.train, validation=_valid(fm))
     try:
-        sets = {k: _labeled(_own(dl)) for k,dl in loaders.items() if dl is not None and _size(dl) != 0}
+        sets = {k: _labeled(_own(dl)) for k,dl in loaders.items() if dl is not None and _len(dl) != 0}
         name = 'unlabelled batch'
         batches,load_s = _loaded(fm, seconds=1. if speed else None)
         weak = fm._finish(to_device(torch.cat([unpack(b)[0] for b in batches]), device))

@@ -89,11 +89,12 @@ def _generators(dl):
     found = [o for o in map(own.get, ('rng','generator')) if isinstance(o, (random.Random,torch.Generator))]
     return found + [o for name in ('base','dl','sampler') if name in own for o in _generators(own[name])]
 
-def _generator_state(o): return o.getstate() if isinstance(o, random.Random) else o.get_state()
+def _generator_state(o): return o.getstate() if isinstance(o, random.Random) else o.get_state() if isinstance(o, torch.Generator) else o.bit_generator.state
 
 def _set_generator_state(o, state):
     if isinstance(o, random.Random): o.setstate(state)
-    else: o.set_state(state)
+    elif isinstance(o, torch.Generator): o.set_state(state)
+    else: o.bit_generator.state = state # numpy's
 
 # %% ../nbs/08_checkpoint.ipynb #4fe4b6ae
 def _params(opt): return [p for group in opt.param_lists for p in group]
@@ -176,8 +177,10 @@ def _checksums(dl):
     sums = [zlib.crc32(o.encode(errors='replace')) for o in _items(dl)]
     return sum(sums)%2**32,zlib.crc32(str(sums).encode())
 
-# %% ../nbs/08_checkpoint.ipynb #19d46833
-def _len(o): return len(o) if hasattr(o, '__len__') else None
+# %% ../nbs/08_checkpoint.ipynb #16cf37ed
+def _len(o):
+    try: return len(o)
+    except TypeError: return None # loaders of iterable datasets have `__len__`, but no length
 
 def _batch_size(dl): return getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None)
 

@@ -21,7 +21,7 @@ from fastai.vision.core import PILBase, ToTensor
 from fastai.vision.data import get_grid
 from PIL import Image
 
-from .augment import FixMatchTransform, to_plain_mode, weak_augment
+from .augment import FixMatchTransform, as_tensor, to_plain_mode, weak_augment
 
 # %% ../nbs/01_data.ipynb #568cb7e3
 def digits_path(
@@ -129,10 +129,6 @@ def _as_pil(o):
     if isinstance(o, np.ndarray) and o.dtype == np.uint8: return Image.fromarray(o)
     raise TypeError(f"An unlabelled image must be a PIL image, or uint8 as an array (H, W, C) or a tensor (C, H, W), but the DataLoaders opened a {type(o).__name__}.")
 
-def _as_tensor(img):
-    a = torch.from_numpy(np.array(to_plain_mode(img)))
-    return a[None] if a.ndim == 2 else a.permute(2,0,1).contiguous()
-
 # %% ../nbs/01_data.ipynb #6c1f4e36
 def _own(dl): return vars(dl).get('dl', dl) # fastai's `DistributedDL` wraps a loader in training on several processes
 
@@ -229,7 +225,7 @@ class UnlabeledViews:
 
     def views(self, img, i):
         "`img`, which is image `i`, as views"
-        views = [o[0] for o in self.tfm(_as_tensor(img)[None])] if self.in_batches else self.tfm(img)
+        views = [o[0] for o in self.tfm(as_tensor(to_plain_mode(img))[None])] if self.in_batches else self.tfm(img)
         if not (isinstance(views, (tuple,list)) and len(views) == 2 and all(isinstance(v, torch.Tensor) and v.ndim == 3 for v in views)):
             said = ', '.join(type(v).__name__ for v in views) if isinstance(views, (tuple,list)) else type(views).__name__
             raise TypeError(f"The view transform must return two tensors (channels, H, W), weak and strong, but it returned {said}: use `FixMatchTransform(weak=..., strong=...)` around functions of PIL images.")
@@ -242,7 +238,8 @@ class UnlabeledViews:
 
     def plain(self, img, i):
         "`img`, which is image `i`, for views that are made of batches"
-        return (_as_tensor(img),i) if self.label_func is None else (_as_tensor(img),self.label(i),i)
+        x = as_tensor(to_plain_mode(img))
+        return (x,i) if self.label_func is None else (x,self.label(i),i)
 
     def first_readable(self,
         places,       # Places in the pool, in the order in which they are tried

@@ -53,7 +53,6 @@ class SemiRecorder(Callback):
 
     def before_fit(self):
         names = self.learn.recorder.metric_names
-        if set(self._columns) & set(names): return # `removed_cbs` can put this callback back twice
         self._place = None
         place = len(names) - (names[-1] == 'time')
         names[place:place] = list(self._columns) # in `validate` and `get_preds` too, as trackers given to the Learner look for what they monitor

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm.data.auto_augment as timm_ops
 import torch
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from fixmatch_fastai.augment import (
     _KINDS,
@@ -27,7 +27,15 @@ from fixmatch_fastai.augment import (
 )
 
 PIL_OPS = {
-    **_OPS,
+    **_OPS,  # rotate, shear and translate call Pillow; the others are Pillow's and timm's own here, not our faster ones
+    'AutoContrast': lambda img, v: ImageOps.autocontrast(img),
+    'Brightness': lambda img, v: ImageEnhance.Brightness(img).enhance(v),
+    'Color': lambda img, v: ImageEnhance.Color(img).enhance(v),
+    'Contrast': lambda img, v: ImageEnhance.Contrast(img).enhance(v),
+    'Equalize': lambda img, v: ImageOps.equalize(img),
+    'Posterize': lambda img, v: ImageOps.posterize(img, int(v)),
+    'Sharpness': lambda img, v: ImageEnhance.Sharpness(img).enhance(v),
+    'Solarize': lambda img, v: ImageOps.solarize(img, v),
     'Invert': lambda img, v: ImageOps.invert(img),
     'SolarizeAdd': timm_ops.solarize_add,
 }
@@ -100,6 +108,15 @@ def test_geometry_is_pillows_bilinear(name, channels):
         assert diffs.max() <= 1 and diffs.float().mean() < 0.02, (size, diffs.max(), diffs.float().mean())
         disagree = np.mean([(from_pil(PIL_OPS[name](to_pil(covered[0]), v.item())) != c[0]).float().mean() for v, c in zip(vs, apply(covered, name, vs))])
         assert disagree < 0.005 or min(size) < 9, (size, disagree)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('name', ['AutoContrast', 'Brightness', 'Color', 'Contrast', 'Equalize', 'Posterize', 'Sharpness', 'Solarize'])
+def test_operations_of_workers_are_pillows(name, channels):
+    for size in SIZES:
+        for x in images(size, channels):
+            for v in STRENGTHS.get(name, [0]):
+                assert _OPS[name](to_pil(x), v) == PIL_OPS[name](to_pil(x), v), (size, v)
 
 
 def test_smooth_is_pillows():

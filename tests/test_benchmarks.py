@@ -95,9 +95,19 @@ def test_speed(small, tmp_path):
 
 
 def test_start_up(capsys):
-    speed.main(['--pool', '1000'])
+    "A list of 100,000 paths is taken in, and no image held: each would take 3 kB at the least, not some bytes"
+    speed.main(['--pool', '100000'])
     first, each, taken = speed.json.loads(capsys.readouterr().out)
-    assert first > 0 and each > 0 and taken < 100e6
+    assert first > 0 and each > 0 and taken < 30e6
+
+
+def test_what_is_measured_on_a_gpu_alone(small):
+    "The same code on the CPU, with a small network and few steps"
+    assert 0 < speed.views_of_448('cpu', 1) < 10
+    text = speed.waiting('cpu', 2, 6)
+    rows = [o.split(' | ') for o in text.splitlines()[2:11]]
+    assert [o[2] for o in rows] == speed.FORWARDS * 3 and all(o[5].endswith('% |') for o in rows)
+    assert 'WRN-28-2 in float32, 2 labelled images' in text
 
 
 def test_rounds_and_ratios():

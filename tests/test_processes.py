@@ -326,11 +326,11 @@ class Replicas(nn.DataParallel):
 @pytest.mark.parametrize('n', [2, 3])
 def test_each_replica_gets_its_share(make_learner, n):
     "Every replica sees labelled, weak and strong images, and the step is the one without replicas (no BatchNorm)"
-    plain, parallel = (make_learner(model=no_bn(), fixmatch=dict(threshold=0.12)) for _ in range(2))
+    plain, parallel = (make_learner(model=no_bn(), fixmatch=dict(threshold=0.05)) for _ in range(2))  # below 1 in 10: every pseudo-label counts, whatever the weights
     parallel.model.load_state_dict(plain.model.state_dict())
     set_seed(1)
     quiet_fit(plain, 1)
-    assert plain.fix_match.history.mask_rate.min() > 0
+    assert plain.fix_match.history.mask_rate.min() == 1
     net = Replicas(parallel.model, n)
     parallel.model = net
 

@@ -25,7 +25,7 @@ if str(ROOT / 'tests') not in sys.path:
 OUT = ROOT / 'benchmarks'
 ENVS = {'newest': 'newest', 'kaggle': 'Kaggle', 'colab': 'Colab'}
 
-CODE = re.compile(r'[\w.]*(?:_|[a-z][A-Z]|[A-Z][A-Z][a-z])[\w.]*(?:\(\))?')  # in the name of a row
+CODE = re.compile(r"\w+='\w+'|[\w.]*(?:_|[a-z][A-Z]|[A-Z][A-Z][a-z])[\w.]*(?:\(\))?")  # in the name of a row
 
 ABOUT = """# What works beside FixMatch
 
