@@ -9,14 +9,13 @@ import torch
 from PIL import Image, ImageChops
 
 from fixmatch_fastai.all import Cutout, FixMatchTransform, strong_augment, weak_augment
-from fixmatch_fastai.augment import _OPS, same_pixels, shift_reflect
+from fixmatch_fastai.augment import _OPS, as_tensor, same_pixels, shift_reflect
 
 RECIPES = ['timm', 'google', 'paper']
 
 
 def seed(i):
     random.seed(i)
-    np.random.seed(i)
     torch.manual_seed(i)
 
 
@@ -82,17 +81,39 @@ def test_shift_by_more_than_half():
 
 @pytest.mark.parametrize('mode', ['L', 'RGB'])
 def test_timm_recipe_is_timm(mode):
-    "Pixel for pixel what timm makes of the same seed, though some tables are built sooner"
+    "Pixel for pixel what timm's operations make of the same seed, though some tables are built sooner"
     from timm.data.auto_augment import rand_augment_transform
 
     ours = strong_augment('timm').ops
-    theirs = rand_augment_transform('rand-m9-mstd0.5', {'img_mean': 128 if mode == 'L' else (128,) * 3})
+    theirs = rand_augment_transform('rand-m9-mstd0.5', {'img_mean': 128 if mode == 'L' else (128,) * 3, 'interpolation': Image.Resampling.BILINEAR})
+    assert theirs.num_layers == 2 and theirs.choice_weights is None, 'two, any of them as often as the others'
     for img in (noise(mode=mode), noise((1, 1), mode), noise((90, 73), mode), Image.new(mode, (8, 6), 7 if mode == 'L' else (7, 9, 100))):
         for i in range(300):
             seed(i)
-            expected = theirs(img)
+            expected = img
+            for op in random.choices(theirs.ops, k=2):
+                expected = op(expected)
             seed(i)
             assert ours(img) == expected
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGB'])
+def test_tensors_of_small_and_large_images(mode):
+    for size in ((1, 1), (7, 5), (127, 129), (128, 128), (300, 200)):
+        img = noise(size, mode)
+        t = as_tensor(img)
+        assert t.is_contiguous() and torch.equal(t, torch.from_numpy(np.array(img).reshape(size[1], size[0], -1)).permute(2, 0, 1))
+        t.zero_()
+        assert np.asarray(img).any(), 'a copy'
+
+
+def test_same_pixels():
+    a = noise((8, 6))
+    for at in ((4, 3), (0, 0), (7, 5)):
+        b = a.copy()
+        b.putpixel(at, tuple(255 - o for o in a.getpixel(at)))
+        assert not same_pixels(a, b)
+    assert same_pixels(a, a.copy()) and not same_pixels(a, a.convert('L')) and not same_pixels(a, a.resize((8, 5)))
 
 
 def test_weak_reaches_its_bounds_and_no_further():

@@ -291,7 +291,6 @@ def test_same_distribution_as_one_image_at_a_time():
     import random
 
     random.seed(0)
-    np.random.seed(0)
     torch.manual_seed(0)
     x = images((32, 32), 3)[1]
     img = to_pil(x)
