@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_plain_mode', 'shift_reflect', 'WeakAugment', 'weak_augment', 'Cutout', 'RandAugment', 'same_pixels',
-           'StrongAugment', 'strong_augment', 'as_tensor', 'FixMatchTransform', 'FixMatchBatchTransform']
+           'StrongAugment', 'strong_augment', 'uint8_tensor', 'FixMatchTransform', 'FixMatchBatchTransform']
 
 # %% ../nbs/00_augment.ipynb #7c50d608
 import random
@@ -234,8 +234,8 @@ def strong_augment(
     ops,cutout = _RECIPES[name]
     return StrongAugment(name, ops(), cutout, weak)
 
-# %% ../nbs/00_augment.ipynb #15d94e08
-def as_tensor(
+# %% ../nbs/00_augment.ipynb #3a69b034
+def uint8_tensor(
     img:Image.Image # `L` or `RGB`
 )->torch.Tensor: # uint8 (channels, H, W)
     "The pixels of `img`, copied"
@@ -274,7 +274,7 @@ class FixMatchTransform:
         if not isinstance(img, Image.Image):
             raise TypeError(f"FixMatchTransform takes a PIL image, but got {type(img).__name__}: put it before any transform that makes tensors.")
         img = to_plain_mode(img) if self.mean is None else img.convert('L') if len(self.mean) == 1 else to_plain_mode(img).convert('RGB')
-        views = as_tensor(self.weak(img)),as_tensor(self.strong(img))
+        views = uint8_tensor(self.weak(img)),uint8_tensor(self.strong(img))
         return views if self.mean is None else tuple(t.float().div_(255).sub_(self.mean[:,None,None]).div_(self.std[:,None,None]) for t in views)
 
     def __repr__(self):

@@ -21,7 +21,7 @@ from fastai.vision.core import PILBase, ToTensor
 from fastai.vision.data import get_grid
 from PIL import Image
 
-from .augment import FixMatchTransform, as_tensor, to_plain_mode, weak_augment
+from .augment import FixMatchTransform, to_plain_mode, uint8_tensor, weak_augment
 
 # %% ../nbs/01_data.ipynb #568cb7e3
 def digits_path(
@@ -225,7 +225,7 @@ class UnlabeledViews:
 
     def views(self, img, i):
         "`img`, which is image `i`, as views"
-        views = [o[0] for o in self.tfm(as_tensor(to_plain_mode(img))[None])] if self.in_batches else self.tfm(img)
+        views = [o[0] for o in self.tfm(uint8_tensor(to_plain_mode(img))[None])] if self.in_batches else self.tfm(img)
         if not (isinstance(views, (tuple,list)) and len(views) == 2 and all(isinstance(v, torch.Tensor) and v.ndim == 3 for v in views)):
             said = ', '.join(type(v).__name__ for v in views) if isinstance(views, (tuple,list)) else type(views).__name__
             raise TypeError(f"The view transform must return two tensors (channels, H, W), weak and strong, but it returned {said}: use `FixMatchTransform(weak=..., strong=...)` around functions of PIL images.")
@@ -238,7 +238,7 @@ class UnlabeledViews:
 
     def plain(self, img, i):
         "`img`, which is image `i`, for views that are made of batches"
-        x = as_tensor(to_plain_mode(img))
+        x = uint8_tensor(to_plain_mode(img))
         return (x,i) if self.label_func is None else (x,self.label(i),i)
 
     def first_readable(self,

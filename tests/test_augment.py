@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageChops
 
 from fixmatch_fastai.all import Cutout, FixMatchTransform, strong_augment, weak_augment
-from fixmatch_fastai.augment import _OPS, as_tensor, same_pixels, shift_reflect
+from fixmatch_fastai.augment import _OPS, same_pixels, shift_reflect, uint8_tensor
 
 RECIPES = ['timm', 'google', 'paper']
 
@@ -101,7 +101,7 @@ def test_timm_recipe_is_timm(mode):
 def test_tensors_of_small_and_large_images(mode):
     for size in ((1, 1), (7, 5), (127, 129), (128, 128), (300, 200)):
         img = noise(size, mode)
-        t = as_tensor(img)
+        t = uint8_tensor(img)
         assert t.is_contiguous() and torch.equal(t, torch.from_numpy(np.array(img).reshape(size[1], size[0], -1)).permute(2, 0, 1))
         t.zero_()
         assert np.asarray(img).any(), 'a copy'
