@@ -1,0 +1,430 @@
+"Looking at the whole pool: numbers against independent ones, nothing changed by looking, every kind of loader and policy"
+
+import copy
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from conftest import no_bn, quiet_fit, tiny_net
+from fastai.vision.all import Learner, SimpleNamespace, load_learner, nn, parent_label, set_seed
+from PIL import Image
+from scipy.spatial.distance import cdist
+from torchvision.datasets import ImageFolder
+
+from fixmatch_fastai.all import (
+    UDA,
+    AdaMatch,
+    Dash,
+    DebiasMatch,
+    FeatureDensity,
+    FixedThreshold,
+    FixMatchBatchTransform,
+    FixMatchTransform,
+    FlexMatch,
+    FreeMatch,
+    MCDropout,
+    PseudoLabelInterpretation,
+    ScoreThreshold,
+    ShowPseudoLabels,
+    SoftMatch,
+    entropy,
+    plot_to_label,
+    select_to_label,
+    weak_augment,
+)
+from fixmatch_fastai.interpret import _central, _typical, _unit
+
+look = PseudoLabelInterpretation.from_learner
+WEAK = weak_augment(flip=False)
+
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    yield
+    plt.close('all')
+
+
+@pytest.fixture
+def trained(make_learner):
+    learn = make_learner(fixmatch={'threshold': 0.3})
+    quiet_fit(learn, 3, 1e-2)
+    return learn
+
+
+def made_up(probs, truth=None, threshold=0.9, vocab='abc'):
+    "Of probabilities written down"
+    probs = torch.tensor(probs)
+    weights = (probs.max(1).values >= threshold).float()
+    truth = None if truth is None else torch.tensor(truth)
+    learn = SimpleNamespace(dls=SimpleNamespace(vocab=list(vocab)))
+    return PseudoLabelInterpretation(learn, None, probs, probs.argmax(1), weights, truth, torch.arange(len(probs)), FixedThreshold(threshold), {})
+
+
+# --- what is looked at -------------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_validation(trained, pool):
+    interp = look(trained)
+    probs = trained.get_preds(dl=trained.dls.test_dl(pool))[0]
+    torch.testing.assert_close(interp.probs, probs, rtol=1e-4, atol=1e-5)
+    assert interp.idxs.tolist() == list(range(len(pool)))
+    assert torch.equal(interp.counted, interp.probs.max(1).values >= 0.3) and 0 < interp.counted.sum() < len(pool)
+    truth = [trained.dls.vocab.o2i[parent_label(o)] for o in pool]
+    assert interp.truth.tolist() == truth
+    df = interp.to_df()
+    assert df.item.tolist() == list(pool) and df.right.tolist() == (interp.probs.argmax(1) == torch.tensor(truth)).tolist()
+    counted = df[df.weight > 0]
+    assert f'{len(counted):,} pseudo-labels count' in repr(interp) and f'{counted.right.mean():.1%} of them right' in repr(interp)
+
+
+@pytest.mark.parametrize('policy', [FlexMatch, FreeMatch, SoftMatch, AdaMatch, UDA, Dash, DebiasMatch, FeatureDensity, lambda: ScoreThreshold(entropy, 2.0)])
+def test_every_policy_and_nothing_is_remembered(make_learner, policy):
+    learn = make_learner(fixmatch={'threshold': 0.95, 'policy': policy()})
+    quiet_fit(learn, 1)
+    before = copy.deepcopy(learn.fix_match.policy.state_dict()), copy.deepcopy(learn.model.state_dict()), list(learn.cbs), learn.model.training
+    interp = look(learn)
+    assert len(interp) == 100 and ((0 <= interp.weights) & (interp.weights <= 1)).all() and interp.targets.dtype == torch.int64
+    after = learn.fix_match.policy.state_dict(), learn.model.state_dict(), list(learn.cbs), learn.model.training
+    assert before[2:] == after[2:]
+    for a, b in zip(before[:2], after[:2]):
+        assert a.keys() == b.keys()
+        for k in a:
+            torch.testing.assert_close(a[k], b[k], rtol=0, atol=0, equal_nan=True)
+    interp.plot_acceptance()
+    quiet_fit(learn, 1)
+
+
+def test_dropout_is_drawn_for_the_policy_alone(make_learner):
+    net = nn.Sequential(tiny_net()[0], nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(128, 10))
+    learn = make_learner(model=net, fixmatch={'threshold': 0.95, 'policy': FixedThreshold(0.0) & MCDropout(at_most=0.5, n_passes=3)})
+    quiet_fit(learn, 1)
+    assert torch.equal(look(learn).probs, look(learn).probs)
+
+
+@pytest.mark.parametrize('opts', [dict(num_workers=2), dict(cache=True), dict(tfm=FixMatchBatchTransform(weak=WEAK)), dict(bs=7), dict(bs=1000)], ids=str)
+def test_loaders(trained, pool, opts):
+    whole = look(trained)
+    interp = look(trained, trained.dls.unlabeled_dl(pool, **{'label_func': parent_label, **opts}))
+    torch.testing.assert_close(interp.probs, whole.probs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(interp.truth, whole.truth)
+
+
+def test_another_pool_and_another_policy(make_learner, pool, digits):
+    learn = make_learner(fixmatch={'threshold': 0.95, 'policy': FlexMatch()})
+    quiet_fit(learn, 1)
+    fm = learn.fix_match
+    other = learn.dls.unlabeled_dl(digits[:150])
+    assert len(look(learn, other)) == 150 and look(learn, other).truth is None
+    all_count = look(learn, policy=FixedThreshold(0.0))
+    assert all_count.counted.all() and learn.fix_match is fm
+    none_counts = look(learn, other, FixedThreshold(1.0))
+    assert not none_counts.counted.any() and learn.fix_match is fm
+    quiet_fit(learn, 1)
+    assert len(fm.history) == 3
+
+
+def test_a_learner_without_fixmatch(make_dls, pool, tmp_path):
+    dls = make_dls()
+    learn = Learner(dls, tiny_net())
+    quiet_fit(learn, 1)
+    with pytest.raises(ValueError, match='give `unlabeled_dl`'):
+        look(learn)
+    interp = look(learn, dls.unlabeled_dl(pool))
+    assert len(interp) == 100 and isinstance(interp.policy, FixedThreshold) and not hasattr(learn, 'fix_match')
+    learn.export(tmp_path / 'learner.pkl')
+    loaded = load_learner(tmp_path / 'learner.pkl')
+    again = look(loaded, loaded.dls.unlabeled_dl(pool))
+    torch.testing.assert_close(again.probs, interp.probs)
+
+
+def test_a_loaded_learner_that_had_fixmatch(trained, pool, tmp_path):
+    trained.export(tmp_path / 'learner.pkl')
+    loaded = load_learner(tmp_path / 'learner.pkl')
+    with pytest.raises(ValueError, match='give `unlabeled_dl`'):
+        look(loaded)
+    torch.testing.assert_close(look(loaded, loaded.dls.unlabeled_dl(pool)).probs, look(trained).probs)
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_damaged_images_are_left_out(trained, pool, tmp_path, num_workers):
+    bad = [tmp_path / f'{i}.png' for i in range(3)]
+    for o in bad:
+        o.write_bytes(b'no image')
+    files = [bad[0], *pool[:30], bad[1], *pool[30:50], bad[2]]
+    interp = look(trained, trained.dls.unlabeled_dl(files, bs=8, num_workers=num_workers))
+    assert sorted(interp.damaged) == [0, 31, 52] and interp.to_df().item.tolist() == list(pool[:50])
+    assert "3 images can't be opened" in repr(interp)
+    assert set(interp.suggest_labels(10)['item']) <= set(pool[:50])
+    with pytest.raises(ValueError, match='can be opened'):
+        look(trained, SimpleNamespaceLoader(trained, bad))
+
+
+class SimpleNamespaceLoader:
+    "A loader without batches"
+
+    def __init__(self, learn, files):
+        self.dataset = files
+
+    def __iter__(self):
+        return iter(())
+
+    def __len__(self):
+        return 0
+
+
+def test_torch_loaders(make_learner, tmp_path, pool):
+    for o in pool:
+        (tmp_path / 'pool' / parent_label(o)).mkdir(parents=True, exist_ok=True)
+        Image.open(o).save(tmp_path / 'pool' / parent_label(o) / o.name)
+    folder = ImageFolder(tmp_path / 'pool', transform=FixMatchTransform(0.3, 0.33, weak=lambda img: img))
+    make = lambda **kwargs: torch.utils.data.DataLoader(folder, batch_size=16, **kwargs)
+    learn = make_learner(loader=make(), fixmatch={'threshold': 0.12})
+    quiet_fit(learn, 1)
+    interp = look(learn)
+    assert len(interp) == 100 and interp.truth.tolist() == folder.targets and interp.to_df().item.tolist() == [o for o, _ in folder.samples]
+    assert len(interp.plot_images('uncertain', 4).axes) == 4
+    assert len(interp.suggest_labels(5)) == 5
+    with pytest.raises(ValueError, match='shuffle=False'):
+        look(learn, make(shuffle=True)).plot_images()
+
+
+# --- what is made of it ------------------------------------------------------------------------------------------------------------------
+
+
+def test_acceptance_by_hand():
+    interp = made_up([[0.95, 0.05, 0], [0.96, 0, 0.04], [0.5, 0.3, 0.2], [0.02, 0.98, 0]], [0, 2, 0, -1])
+    df = interp.acceptance()
+    assert df.index.tolist() == ['a', 'b', 'c']
+    assert df.images.tolist() == [3, 1, 0] and df.counted.tolist() == [2, 1, 0]
+    assert df.known.tolist() == [2, 0, 0] and df.right.tolist() == [1, 0, 0]
+    assert df.share.tolist()[:2] == [2 / 3, 1] and np.isnan(df.share['c'])
+    assert interp.to_df().right.tolist() == [True, False, True, None]
+    truth = interp.to_df().truth
+    assert truth.tolist()[:3] == ['a', 'c', 'a'] and truth.isna().tolist() == [False, False, False, True]
+    np.testing.assert_array_equal(interp.confusion_matrix(), [[1, 0, 0], [0, 0, 0], [1, 0, 0]])
+    assert interp.most_confused() == [('c', 'a', 1)]
+
+
+def bars(ax):
+    "Widths of bars by what the legend says of them"
+    return {c.get_label(): [float(p.get_width()) for p in c] for c in ax.containers}
+
+
+def test_acceptance_is_drawn():
+    probs, truth = [[0.95, 0.05, 0], [0.96, 0, 0.04], [0.5, 0.3, 0.2], [0.02, 0.98, 0]], [0, 2, 0, -1]
+    drawn = bars(made_up(probs, truth).plot_acceptance())
+    assert drawn == {'counts, right': [1, 0, 0], 'counts, wrong': [1, 0, 0], 'counts': [0, 1, 0], 'does not count': [1, 0, 0]}
+    assert set(bars(made_up(probs).plot_acceptance())) == {'counts', 'does not count'}
+    many = made_up(np.eye(60, dtype=np.float32).tolist(), threshold=0.5, vocab=[f'class {i}' for i in range(60)])
+    assert len(many.plot_acceptance(max_n=40).get_yticklabels()) == 40
+
+
+def test_normalised_confusion():
+    ax = made_up([[0.95, 0.05, 0]] * 3 + [[0, 0.96, 0.04]], [0, 0, 1, 0]).plot_confusion_matrix(normalize=True)
+    assert sorted(o.get_text() for o in ax.texts) == ['0.33', '0.67', '1.00']
+
+
+def test_calibration_against_a_loop():
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet([0.4] * 3, 500).astype(np.float32)
+    truth = rng.integers(-1, 3, 500)
+    interp = made_up(probs.tolist(), truth.tolist())
+    conf, right, known = probs.max(1), probs.argmax(1) == truth, truth >= 0
+    error = 0
+    for i in range(10):
+        inside = known & (conf > i / 10) & (conf <= (i + 1) / 10)
+        row = interp.calibration().iloc[i]
+        assert row.images == inside.sum()
+        if inside.any():
+            assert row.accuracy == pytest.approx(right[inside].mean()) and row.confidence == pytest.approx(conf[inside].mean(), abs=1e-6)
+            error += inside.sum() / known.sum() * abs(right[inside].mean() - conf[inside].mean())
+    assert interp.calibration_error() == pytest.approx(error, abs=1e-6)
+    ax = interp.plot_calibration()
+    assert f'{error:.3f}' in ax.get_title() and 'threshold 0.9' in [o.get_text() for o in ax.get_legend().get_texts()]
+
+
+def test_largest_losses_first(trained):
+    interp = look(trained)
+    losses = -interp.probs[torch.arange(100), interp.truth].log()
+    titles = [ax.get_title() for ax in interp.plot_top_losses(5, counted=False).axes]
+    expected = [f'loss {losses[i]:.1f}' for i in losses.argsort(descending=True)[:5]]
+    assert [o.split(', ')[1] for o in titles] == expected
+    among = losses[interp.counted].sort(descending=True).values[:5]
+    assert [o.get_title().split(', ')[1] for o in interp.plot_top_losses(5).axes] == [f'loss {o:.1f}' for o in among]
+
+
+def test_which_images(trained):
+    interp = look(trained)
+    shown = lambda which: [float(ax.get_title().split()[1]) for ax in interp.plot_images(which, 6).axes]
+    conf = interp.confidence.sort(descending=True).values
+    floor = lambda o: int(100 * o) / 100
+    assert shown('confident') == [floor(o) for o in conf[:6].tolist()]
+    assert max(abs(o - 0.3) for o in shown('border')) <= sorted((interp.confidence - 0.3).abs().tolist())[12] + 0.02
+    interp = look(trained, policy=FixedThreshold(0.15))  # so low that some are wrong
+    rows = interp.confidence.argsort(descending=True, stable=True)
+    expected = ['0.5' if not interp.counted[i] else 'tab:green' if interp.right[i] else 'tab:red' for i in rows]
+    colors = [ax.title.get_color() for ax in interp.plot_images('confident', 100).axes[:100]]
+    assert colors == expected and len(set(colors)) == 3, 'some count, right and wrong, some do not'
+
+
+def test_without_truth():
+    interp = made_up([[0.95, 0.05, 0]])
+    for name in ('confusion_matrix', 'plot_confusion_matrix', 'most_confused', 'calibration', 'plot_calibration', 'plot_top_losses'):
+        with pytest.raises(ValueError, match='label_func'):
+            getattr(interp, name)()
+    assert list(interp.to_df()) == ['item', 'predicted', 'confidence', 'weight'] and 'right' not in repr(interp)
+
+
+# --- what to label -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_doubts_by_hand():
+    "1 − margin; of a class of which nothing counts, twice as much, as the mean of (5 + 1, 1, 1) over 1 is above 4"
+    interp = made_up([[0.95, 0.05, 0]] * 17 + [[0.5, 0.3, 0.2], [0.3, 0.5, 0.2]])
+    counts = torch.tensor([18.0, 1.0, 1.0])
+    torch.testing.assert_close(interp.doubts()[-2:], torch.stack([0.8 * (counts.mean() / 18).sqrt(), torch.tensor(0.8) * 2]))
+
+
+def test_suggestions(trained, pool):
+    interp = look(trained)
+    for k in (1, 7, 100):
+        df = interp.suggest_labels(k)
+        assert len(set(df['item'])) == k and (df.label == '').all() and df.stands_for.is_monotonic_decreasing
+        assert df.stands_for.sum() == min(10 * k, 100)
+    best = set(interp.doubts().argsort(descending=True)[:30].tolist())
+    assert {pool.index(o) for o in interp.suggest_labels(3)['item']} <= best
+    pd.testing.assert_frame_equal(interp.suggest_labels(9), interp.suggest_labels(9))
+    row = interp.suggest_labels(1).iloc[0]
+    i = pool.index(row['item'])
+    first, second = interp.probs[i].topk(2).indices.tolist()
+    assert (row.predicted, row.second) == (interp.vocab[first], interp.vocab[second]) and row.confidence == pytest.approx(interp.confidence[i].item())
+    with pytest.raises(ValueError, match='between 1 and 100'):
+        interp.suggest_labels(101)
+    assert len(plot_to_label(interp.suggest_labels(5)).axes) == 5
+
+
+def test_central_of_groups_that_are_plain_to_see():
+    rng = np.random.default_rng(0)
+    centers = np.array([[10, 0, 0], [0, 10, 0], [0, 0, 10.0]])
+    f = np.concatenate([centers[[k]] + np.r_[np.zeros((1, 3)), rng.normal(0, 1, (n, 3))] for k, n in ((0, 30), (1, 20), (2, 10))]).astype(np.float32)
+    chosen, sizes = _central(f, 3, 0, np.ones(len(f)))
+    assert sizes == [31, 21, 11]
+    for place, (k, start, n) in zip(chosen, ((0, 0, 31), (1, 31, 21), (2, 52, 11))):
+        members = _unit(f)[start : start + n]
+        assert place - start == ((members - members.mean(0)) ** 2).sum(1).argmin()
+
+
+def test_typical_against_all_distances():
+    rng = np.random.default_rng(1)
+    f = np.concatenate([rng.normal(0, 1, (n, 5)) + 8 * np.eye(5)[k] for k, n in ((0, 40), (1, 12), (2, 30))]).astype(np.float32)
+    chosen, sizes = _typical(f, 3, 0)
+    assert sizes == [40, 30, 12]
+    for place, (start, n) in zip(chosen, ((0, 40), (52, 30), (40, 12))):
+        d = np.sort(cdist(_unit(f)[start : start + n], _unit(f)[start : start + n]), 1)[:, : min(21, n)]
+        assert place - start == d.mean(1).argmin()
+
+
+def test_alike_images_are_filled_up():
+    same = np.ones((12, 4), dtype=np.float32)
+    for f in (_typical(same, 5, 0), _central(same, 5, 0, np.ones(12))):
+        assert len(set(f[0])) == 5 == len(f[1])
+
+
+@pytest.mark.parametrize(
+    'net',
+    [
+        None,
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.Conv2d(8, 6, 3, 4)),
+        lambda: timm.create_model('test_resnet', pretrained=False),
+        lambda: timm.create_model('test_vit', pretrained=False, num_classes=0),
+    ],
+    ids=['pixels', 'body', 'timm', 'vit'],
+)
+def test_select_with(net, pool):
+    set_seed(0)
+    net = net and net().train()
+    df = select_to_label(pool[:40], 6, net)
+    assert len(set(df['item'])) == 6 and set(df['item']) <= set(pool) and df.stands_for.sum() == 40 and (df.label == '').all()
+    assert net is None or net.training, 'as it was'
+    pd.testing.assert_frame_equal(df, select_to_label(pool[:40], 6, net))
+
+
+def test_select_with_a_learner(trained, pool):
+    df = select_to_label(pool, 10, trained)
+    assert len(set(df['item'])) == 10 and df.stands_for.sum() == 100
+
+
+def test_select_covers_more_classes_than_chance(digits):
+    files = digits[::4]
+    n_classes = lambda fs: len({parent_label(o) for o in fs})
+    found = np.mean([n_classes(select_to_label(files, 10, seed=i)['item']) for i in range(5)])
+    chance = np.mean([n_classes(np.random.default_rng(i).choice(files, 10, replace=False)) for i in range(200)])
+    assert found > chance + 1
+
+
+def test_select_from_other_things(pool, tmp_path, photo):
+    arrays = [photo.roll(i, 0).numpy() for i in range(12)]
+    assert set(select_to_label(arrays, 4)['item']) <= set(range(12))
+    assert set(select_to_label([Image.fromarray(o) for o in arrays], 4)['item']) <= set(range(12))
+    assert set(select_to_label(list(map(str, pool[:20])), 3)['item']) <= set(map(str, pool[:20]))
+    assert len(select_to_label(pool, 100)) == 100
+    few = select_to_label(pool, 4, most=10)
+    assert few.stands_for.sum() == 10
+    with pytest.raises(TypeError, match='files can be shown'):
+        plot_to_label(select_to_label(arrays, 4))
+
+
+def test_select_leaves_damaged_files_out(pool, tmp_path):
+    bad = tmp_path / 'bad.png'
+    bad.write_bytes(b'')
+    with pytest.warns(UserWarning, match=r"1 of 6 images can't be opened and are left out, the first of them .*bad.png"):
+        df = select_to_label([*pool[:5], bad], 5)
+    assert set(df['item']) == set(pool[:5])
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='Only 5 of the images'):
+        select_to_label([*pool[:5], bad], 6)
+    with pytest.raises(ValueError, match='None of the images'):
+        select_to_label([bad], 1)
+
+
+def test_select_says_what_is_wrong(pool):
+    with pytest.raises(ValueError, match='between 1 and 100'):
+        select_to_label(pool, 101)
+    with pytest.raises(TypeError, match='get_image_files'):
+        select_to_label('photos', 3)
+
+
+# --- live --------------------------------------------------------------------------------------------------------------------------------
+
+
+class FakeBar:
+    names = ['train', 'valid']
+
+    def __init__(self):
+        self.drawn = []
+
+    def update_graph(self, graphs, x_bounds, y_bounds):
+        self.drawn.append(([len(y) for _, y in graphs], list(self.names), x_bounds, y_bounds))
+
+
+@pytest.mark.parametrize('known', [True, False])
+def test_graph_after_each_epoch(make_learner, known, monkeypatch):
+    learn = make_learner(label_func=parent_label if known else None, fixmatch={'threshold': 0.0})
+    bar, show = FakeBar(), ShowPseudoLabels()
+    monkeypatch.setattr(Learner, 'progress', SimpleNamespace(mbar=bar), raising=False)
+    quiet_fit(learn, 2, cbs=show)
+    names = ['mask_rate', 'pseudo_acc'][: 1 + known]
+    assert bar.drawn == [([n] * len(names), names, (0, 6), (0, 1)) for n in (3, 6)]
+
+
+def test_no_graph_where_there_is_none(make_learner, make_dls):
+    learn = make_learner(cbs=[ShowPseudoLabels()])
+    quiet_fit(learn, 1)
+    learn.validate()
+    learn.get_preds()
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(num_it=3, show_plot=False)
+    learn.fit(1)
+    quiet_fit(Learner(make_dls(), no_bn(), cbs=ShowPseudoLabels()), 1)
