@@ -6,7 +6,7 @@ READY := .venv/.installed
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint check wheel notebooks unit test-compat matrix bench bench-policies outputs docs pages readme export format clean
+.PHONY: help demo test lint check links wheel notebooks unit test-compat matrix bench bench-policies outputs docs pages readme export format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -22,7 +22,7 @@ $(READY): settings.ini setup.py pyproject.toml
 demo: $(READY) ## Train on digits with and without unlabelled images; options in ARGS, as in ARGS="--seeds 5"
 	@$(BIN)/fixmatch_demo $(ARGS)
 
-test: lint check wheel notebooks unit ## Everything below that checks, one after another; stops at the first failure
+test: lint check links wheel notebooks unit ## Everything below that checks, one after another; stops at the first failure
 
 lint: $(READY) ## Check the code with ruff
 	@echo '--- style'
@@ -31,6 +31,10 @@ lint: $(READY) ## Check the code with ruff
 check: $(READY) ## Check that modules, pages and versions are in step with the notebooks
 	@echo '--- modules, pages and versions in step with the notebooks'
 	@$(BIN)/python tools/check.py
+
+links: $(READY) ## Build the site elsewhere and follow every link in it
+	@echo '--- links'
+	@$(BIN)/python tools/check_site.py
 
 wheel: $(READY) ## Build the package, install it elsewhere and import it
 	@echo '--- wheel'
