@@ -15,6 +15,7 @@ from fixmatch_fastai.policy import (
     FixedThreshold,
     FlexMatch,
     FreeMatch,
+    MultiLabelThreshold,
     Policy,
     PseudoLabels,
     SemiBatch,
@@ -44,7 +45,7 @@ from fixmatch_fastai.uncertainty import (
 # `DataLoaders.unlabeled_dl` and `DataLoaders.repeat_train` come with `fixmatch_fastai.data`, `Learner.fit_fixmatch` with `fixmatch_fastai.recipe`,
 # `Learner.save_weights` and `Learner.load_weights` with `fixmatch_fastai.checkpoint`
 __all__ = ['AdaMatch', 'Cutout', 'Dash', 'DebiasMatch', 'DistributionAlignment', 'FeatureDensity', 'FixMatch', 'FixMatchBatchTransform', 'FixMatchTransform', 'FixedThreshold',
-           'FlexMatch', 'FreeMatch', 'MCDropout', 'ModelEMA', 'Policy', 'PseudoLabelInterpretation', 'PseudoLabels', 'SaveFixMatch', 'SchedPartCos', 'ScoreThreshold', 'SemiBatch', 'ShowPseudoLabels', 'SoftMatch', 'StopOnTrouble',
+           'FlexMatch', 'FreeMatch', 'MCDropout', 'ModelEMA', 'MultiLabelThreshold', 'Policy', 'PseudoLabelInterpretation', 'PseudoLabels', 'SaveFixMatch', 'SchedPartCos', 'ScoreThreshold', 'SemiBatch', 'ShowPseudoLabels', 'SoftMatch', 'StopOnTrouble',
            'UDA', 'UnlabeledDL', 'ValidatedThreshold', 'WeakTransform', 'add_dropout', 'compare_scores', 'digits_path', 'dropout_passes', 'entropy', 'fixmatch_check',
            'mutual_info', 'nesterov_sgd', 'one_minus_confidence', 'one_minus_margin', 'one_minus_mean_confidence', 'penultimate', 'plot_to_label',
            'predictive_entropy', 'remove_spectral_norm_', 'select_to_label', 'spectral_norm_', 'split_labeled', 'strong_augment', 'weak_augment']
