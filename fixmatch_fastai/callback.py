@@ -156,7 +156,21 @@ def finished(
 @patch
 def _finish(self:FixMatch, views)->Tensor: return finished(views, self.dls)
 
-# %% ../nbs/04_callback.ipynb #cdeaeb65
+# %% ../nbs/04_callback.ipynb #d2dd9e8a
+@patch
+def _check_target(self:FixMatch, y):
+    "Is `y` what the policy is for: a class number for each image, or 0 or 1 of each class?"
+    name,several = type(self.policy).__name__,y.ndim == 2 and y.shape[1] > 1
+    if not self.policy.multi_label:
+        if y.ndim == 1 and not y.is_floating_point(): return
+        kind,advice = ('multi-label', "use `FixMatch(unlabeled_dl, policy=MultiLabelThreshold())`") if several else \
+                      ('segmentation, a class for each pixel' if y.ndim > 2 else 'regression, or binary with one logit', "use a CategoryBlock, and a model with one logit for each class")
+        raise ValueError(f"FixMatch with {name} needs one class number for each image, but the target is {_said(y)} {y.dtype}, which looks like {kind}: {advice}.")
+    # whether it holds other numbers is asked once, as it waits for the device
+    if not several or self._set_for is None and not ((y >= 0) & (y <= 1)).all():
+        raise ValueError(f"FixMatch with {name} needs a 0 or 1 of each class for each image, but the target is {_said(y)} {y.dtype}{', with other numbers in it' if several else ''}: "
+                         "use a MultiCategoryBlock and `BCEWithLogitsLossFlat()`, or, if each image has one class, a policy for that.")
+
 @patch
 def _labeled(self:FixMatch)->Tensor: # Labelled images (B, channels, H, W)
     "The labelled images, if this batch is one that FixMatch can train"
@@ -165,9 +179,7 @@ def _labeled(self:FixMatch)->Tensor: # Labelled images (B, channels, H, W)
     x,y = self.xb[0],self.yb[0]
     if not isinstance(x, Tensor) or not isinstance(y, Tensor): raise TypeError(f"FixMatch needs tensors, but this batch is {_said((x,y))}.")
     if not x.is_floating_point(): raise ValueError(f"Labelled images must be floats, but are {x.dtype}: normalise them in the data set's transform, or add `IntToFloatTensor` to the batch transforms.")
-    if y.is_floating_point() or y.ndim != 1:
-        kind = 'segmentation, a class for each pixel' if y.ndim > 2 else 'multi-label' if y.ndim == 2 and y.shape[1] > 1 else 'regression, or binary with one logit'
-        raise ValueError(f"FixMatch needs one class number for each image, but the target is {_said(y)} {y.dtype}, which looks like {kind}: use a CategoryBlock, and a model with one logit for each class.")
+    self._check_target(y)
     return cast(x, Tensor)
 
 # %% ../nbs/04_callback.ipynb #8c67c1a3
@@ -189,7 +201,8 @@ def _interleaved(n, model):
 def before_batch(self:FixMatch):
     x = self._labeled()
     weak,strong,*known = to_device(unpack(self._next_batch()), x.device)
-    truth,idxs = (o if isinstance(o, Tensor) and o.shape == weak.shape[:1] else None for o in known)
+    # the truth of several labels is (M, C)
+    truth,idxs = (o if isinstance(o, Tensor) and o.shape[:1] == weak.shape[:1] and o.ndim <= ndim else None for o,ndim in zip(known, (2,1)))
     weak,strong = (self._finish(o).to(x.dtype) for o in (weak,strong))
     if weak.shape[1:] != x.shape[1:]:
         raise ValueError(f"A view is {tuple(weak.shape[1:])} (channels, height, width), but a labelled image is {tuple(x.shape[1:])}: "
@@ -233,6 +246,8 @@ def _logits(self:FixMatch, pred, n):
     if not isinstance(pred, Tensor) or pred.ndim != 2 or len(pred) != n or pred.shape[1] < 2:
         raise ValueError(f"FixMatch needs one row of logits for each image and one column for each class, (rows, classes), but the model returns {_said(pred)} for {n} images: "
                          "end the model in a linear layer with two or more outputs.")
+    if self.policy.multi_label and pred.shape[1] != (n_classes := self.yb[0].shape[1]):
+        raise ValueError(f"The model has {pred.shape[1]} outputs, but the target of an image is {n_classes} classes: end the model in a linear layer with {n_classes} outputs.")
     self._set_for = self._set_up(self.policy, pred.shape[1])
     self.policy.to(pred.device)
     if self._before_lr_find is None and hasattr(self.learn, 'lr_finder'): self._before_lr_find = deepcopy(self.policy.state_dict())
@@ -253,7 +268,10 @@ def _decide(self:FixMatch, batch)->PseudoLabels:
     "What the policy says, without gradient and autocast"
     device = batch.logits_weak.device.type
     if torch.is_autocast_enabled(device): batch = batch._replace(autocast=torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False), torch.no_grad(): return self.policy(batch)
+    with torch.autocast(device, enabled=False), torch.no_grad(): pseudo = self.policy(batch)
+    if not isinstance(pseudo, tuple) or len(pseudo) != 2 or not all(isinstance(o, Tensor) for o in pseudo):
+        raise TypeError(f"The policy {type(self.policy).__name__} must return `PseudoLabels(targets, weights)`, two tensors, but returned {_said(pseudo)}.")
+    return PseudoLabels(pseudo[0], pseudo[1].float()) # a bool may say what counts
 
 @patch
 def _total(self:FixMatch, loss_x, step, batch, logits_strong):
@@ -265,9 +283,9 @@ def _total(self:FixMatch, loss_x, step, batch, logits_strong):
         losses = self.policy.loss(logits_strong, shown)
         if losses.shape != shown.weights.shape:
             raise ValueError(f"The policy {type(self.policy).__name__} gives weights {tuple(shown.weights.shape)} for losses {tuple(losses.shape)}: make them the same shape, one of each for an unlabelled image.")
-        loss_u = (shown.weights*losses).sum()/pseudo.weights.numel() # over all M, also those that are not shown
+        loss_u = (shown.weights*losses).sum()/pseudo.weights.numel() # over all M, or M·C, also those that are not shown
         penalty = self.policy.penalty(batch, shown, logits_strong)
-    self._recorder.add(loss_x, loss_u, step.n_x, pseudo, step.truth)
+    self._recorder.add(loss_x, loss_u, step.n_x, pseudo, step.truth, self.policy, logits_strong.shape[1])
     return loss_x + lambda_u*loss_u + penalty
 
 # %% ../nbs/04_callback.ipynb #08fb95e8
@@ -295,14 +313,17 @@ def _pass_weak(self:FixMatch):
         step = step._replace(pseudo=pseudo, shown=_shown(pseudo.weights))
     self._pending = self._joined(step, step.strong if step.shown is None else step.strong[step.shown])
 
-# %% ../nbs/04_callback.ipynb #a212383c
-def _tells_truth(dl):
-    "Does `dl` know classes, to report `pseudo_acc`? Ours says so; of a torch loader the first item is looked at"
+# %% ../nbs/04_callback.ipynb #a58f900c
+def _tells_truth(dl, several=False):
+    "Does `dl` know classes, or, for `several` labels, 0 or 1 of each class, to report `pseudo_acc`? Ours says so; of a torch loader the first item is looked at"
     if hasattr(dl, 'knows_truth'): return dl.knows_truth
     dataset = getattr(dl, 'dataset', None)
     if not hasattr(dataset, '__getitem__') or not hasattr(dataset, '__len__') or len(dataset) == 0: return False
     item = dataset[0]
-    return isinstance(item, (tuple,list)) and len(item) > 1 and _is_views(item[0]) and (isinstance(item[1], Integral) or isinstance(item[1], Tensor) and item[1].numel() == 1) and bool(item[1] >= 0)
+    if not (isinstance(item, (tuple,list)) and len(item) > 1 and _is_views(item[0])): return False
+    y = item[1]
+    if several: return isinstance(y, Tensor) and y.ndim == 1 and bool((y >= 0).any())
+    return (isinstance(y, Integral) or isinstance(y, Tensor) and y.numel() == 1) and bool(y >= 0)
 
 @patch
 def _clean_up(self:FixMatch):
@@ -322,7 +343,7 @@ def _put_back(self:FixMatch):
 def before_fit(self:FixMatch):
     self._clean_up()
     if not self.create_mbar: return self._recorder.start() # in `validate` and `get_preds`
-    known = self._unlabeled_dl is not None and _tells_truth(self._unlabeled_dl)
+    known = self._unlabeled_dl is not None and _tells_truth(self._unlabeled_dl, self.policy.multi_label)
     self._recorder.start(['loss_x','loss_u','mask_rate'] + ['pseudo_acc']*known)
 
 # %% ../nbs/04_callback.ipynb #fafc7ecd
@@ -381,10 +402,10 @@ def trouble(self:FixMatch)->dict: # What was warned of in the last fit: of `not_
 @patch
 def plot(self:FixMatch,
     smooth:int=None, # Steps in the running mean; default: a twentieth of all
-    figsize=(9,3)    # Of the figure, in inches
+    figsize=None     # Of the figure, in inches; default: 9 wide
 ):
-    "Plot losses, and how many pseudo-labels count and are right, over the steps of the last fit"
-    return plot_steps(self.history, smooth, figsize)
+    "Plot losses, how many pseudo-labels count and are right, how many of each class, and thresholds that move, over the steps of the last fit"
+    return plot_steps(self.history, smooth, figsize, self._recorder.by_class, getattr(self.dls, 'vocab', None))
 
 # %% ../nbs/04_callback.ipynb #4b424912
 @contextmanager
@@ -400,7 +421,7 @@ def _as_in_validation(model):
 def peek(self:FixMatch,
     n:int=None,        # Unlabelled images at most; default: a whole batch
     labeled:bool=True  # A batch of labelled images too?
-)->tuple: # `(SemiBatch, truth, weak, strong)`: `truth` (M,) is `None` where the loader knows none; the views are as loaded
+)->tuple: # `(SemiBatch, truth, weak, strong)`: `truth` (M,), of several labels (M, C), is `None` where the loader knows none; the views are as loaded
     "One fresh batch as a policy would see it in training, but with the model in eval mode; nothing is trained or remembered"
     if self._unlabeled_dl is None: raise ValueError("This learner was loaded without its unlabelled images: there are none to look at.")
     stream = endless(self._unlabeled_dl, self.learn.dls, alone=True)
@@ -413,7 +434,42 @@ def peek(self:FixMatch,
         logits_x,logits_weak = (None if o is None else cast(self.model(o), Tensor).float() for o in (x,views))
     return SemiBatch(x, y, views, idxs, logits_x, logits_weak),truth,weak,strong
 
-# %% ../nbs/04_callback.ipynb #fa1ba89d
+# %% ../nbs/04_callback.ipynb #a375951a
+def _titles(pseudo, probs, truth, name):
+    "Labels, confidences, weights and true labels of each image, as `plot_pseudo_labels` takes them; `name` makes text of a class number"
+    targets,weights = pseudo
+    if targets.ndim == 2: targets = targets.argmax(1)
+    truths = None if truth is None or truth.ndim > 1 else [name(i) for i in truth.tolist()]
+    return [name(i) for i in targets.tolist()],probs.max(1).values.tolist(),weights.tolist(),truths
+
+def _titles_of_several(pseudo, truth, name):
+    "The same for several labels: those that count as there, the share of classes that count, and the truth where something that counts is wrong"
+    targets,weights = (o.cpu() for o in pseudo)
+    there,counts = targets >= .5,weights > 0
+    names = lambda o: ', '.join(name(int(i)) for i in o.nonzero()) or 'none'
+    truths = None
+    if truth is not None and truth.shape == weights.shape:
+        wrong = (counts & (truth >= 0) & (there != (truth > 0))).any(1)
+        truths = [names(o > 0) if bad else None for o,bad in zip(truth, wrong)]
+    shares = (counts.double().mean(1)+1e-9).tolist() # 0.29·100 is below 29, and the title is cut, not rounded
+    return [names(o) for o in there & counts],shares,weights.amax(1).tolist(),truths
+
+def _by_confidence(self, batch, pseudo, strong): return -batch.probs.max(1).values
+
+def _by_border(self, batch, pseudo, strong):
+    "Distance from the confidence that lies between those that count and those that don't"
+    confidence,counts = batch.probs.max(1).values,pseudo.weights > 0
+    out,inside = confidence[~counts],confidence[counts]
+    border = inside.min() if len(out) == 0 else out.max() if len(inside) == 0 else (inside.min()+out.max())/2
+    return (confidence-border).abs()
+
+def _by_disagreement(self, batch, pseudo, strong):
+    "Minus the loss of the strong view with the pseudo-label"
+    with _as_in_validation(self.model): logits = cast(self.model(self._finish(to_device(strong, batch.weak.device))), Tensor).float()
+    return -self.policy.loss(logits, pseudo)
+
+_orders = dict(confident=_by_confidence, border=_by_border, disagree=_by_disagreement)
+
 @patch
 def decide(self:FixMatch, batch:SemiBatch)->PseudoLabels:
     "What the policy makes of a batch; it remembers nothing of it"
@@ -424,16 +480,23 @@ def decide(self:FixMatch, batch:SemiBatch)->PseudoLabels:
 
 @patch
 def show_pseudo_labels(self:FixMatch,
-    max_n:int=8, # Pairs to show
-    ncols:int=8  # Pairs in a row
+    max_n:int=8,   # Pairs to show
+    ncols:int=8,   # Pairs in a row
+    which:str=None # Of a whole batch, `'confident'`: the most confident; `'border'`: those nearest to where counting begins; `'disagree'`: those of which weak and strong view say the most different things; default: as they come
 ):
-    "Show fresh pairs with the model's present pseudo-labels and their softmax: green ones count, grey ones don't, red ones count and are wrong"
-    batch,truth,weak,strong = self.peek(max_n, labeled=self.policy.needs_labeled)
-    targets,weights = self.decide(batch)
-    if targets.ndim == 2: targets = targets.argmax(1)
+    "Show fresh pairs with the model's present pseudo-labels and their softmax, or, of several labels, the share of classes that count: green ones count, grey ones don't, red ones count and are wrong"
+    if which not in (None,*_orders): raise ValueError(f"`which` must be one of {', '.join(map(repr, _orders))}, or left out, but got {which!r}.")
+    if which is not None and self.policy.multi_label: raise ValueError("`which` is for one class in each image: leave it out for several.")
+    batch,truth,weak,strong = self.peek(max_n if which is None else None, labeled=self.policy.needs_labeled)
+    pseudo = self.decide(batch)
+    if which is not None:
+        order = _orders[which](self, batch, pseudo, strong).argsort(stable=True)[:max_n]
+        take = lambda o: o if o is None else o[order.to(o.device)]
+        batch,pseudo = batch._replace(logits_weak=take(batch.logits_weak)),PseudoLabels(*map(take, pseudo))
+        truth,weak,strong = map(take, (truth, weak, strong))
     tfm = getattr(getattr(self._unlabeled_dl, 'dataset', None), 'tfm', getattr(getattr(self._unlabeled_dl, 'dataset', None), 'transform', None))
     if weak.is_floating_point() and getattr(tfm, 'mean', None) is not None: weak,strong = (o*tfm.std[:,None,None]+tfm.mean[:,None,None] for o in (weak.cpu(), strong.cpu()))
     vocab = getattr(self.dls, 'vocab', None)
     name = lambda i: None if i < 0 else str(i if vocab is None else vocab[i])
-    return plot_pseudo_labels(weak, strong, [name(i) for i in targets.tolist()], batch.probs.max(1).values.tolist(), weights.tolist(),
-                              None if truth is None else [name(i) for i in truth.tolist()], ncols)
+    labels,confidences,weights,truths = _titles_of_several(pseudo, truth, name) if self.policy.multi_label else _titles(pseudo, batch.probs, truth, name)
+    return plot_pseudo_labels(weak, strong, labels, confidences, weights, truths, ncols)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.data.core import TfmdDL, TfmdLists
-from fastai.data.transforms import Categorize
+from fastai.data.transforms import Categorize, EncodedMultiCategorize, MultiCategorize, OneHotEncode
 from fastai.learner import Learner
 from fastai.losses import BaseLoss
 from fastai.torch_basics import Path, Pipeline, Tensor, cast, default_device, get_random_states, patch, set_random_states, to_device
@@ -139,21 +139,24 @@ def _vocab(fm):
     if vocab is None: vocab = getattr(_dataset(fm.dls.train), 'classes', None)
     return None if vocab is None else [str(o) for o in vocab]
 
-# %% ../nbs/09_check.ipynb #771b04bf
+# %% ../nbs/09_check.ipynb #f000fd25
 def _labels(ds):
-    "`(how many labels, function from place to class number)`, or `None`"
+    "`(how many images, function from place to the class numbers of that image)`, or `None`"
     if isinstance(ds, torch.utils.data.Subset):
         inner = _labels(ds.dataset)
         return inner and (len(ds.indices), lambda i: inner[1](ds.indices[i]))
-    if len(getattr(ds, 'targets', ())): return (len(ds.targets),lambda i: int(ds.targets[i])) if np.ndim(ds.targets[0]) == 0 else None
-    if len(getattr(ds, 'tls', ())) < 2 or type(ds.tls[-1].tfms.fs[-1]) is not Categorize: return # its subclasses are for several labels
+    if len(getattr(ds, 'targets', ())): return (len(ds.targets),lambda i: [int(ds.targets[i])]) if np.ndim(ds.targets[0]) == 0 else None
+    if len(getattr(ds, 'tls', ())) < 2: return
     tl = ds.tls[-1]
-    *fs,categorize = tl.tfms.fs
-    def label(i):
+    fs = [f for f in tl.tfms.fs if not isinstance(f, OneHotEncode)]
+    if not fs or type(fs[-1]) not in (Categorize,MultiCategorize,EncodedMultiCategorize) or not hasattr(fs[-1].vocab, 'o2i'): return
+    *fs,categorize = fs
+    def labels(i):
         y = tl.items.iloc[i] if hasattr(tl.items, 'iloc') else tl.items[i]
         for f in fs: y = f(y)
-        return categorize.vocab.o2i.get(y)
-    return (len(tl),label) if hasattr(categorize.vocab, 'o2i') else None
+        if type(categorize) is EncodedMultiCategorize: return np.flatnonzero(y).tolist()
+        return [categorize.vocab.o2i[o] for o in ([y] if type(categorize) is Categorize else y) if o in categorize.vocab.o2i]
+    return len(tl),labels
 
 # %% ../nbs/09_check.ipynb #11f84853
 def _missing(vocab, seen): return [o for i,o in enumerate(vocab) if i not in seen and o != '#na#']
@@ -163,16 +166,17 @@ def _few(names, most=5): return ', '.join(names[:most]) + (f' and {len(names)-mo
 def _check_labels(fm, most=50_000):
     vocab,labels = _vocab(fm),_labels(_dataset(fm.dls.train))
     if labels is None or not labels[0]: return []
-    n,label = labels
+    n,of = labels
     places = _some(n, most)
-    counts = Counter(y for i in places if (y := label(i)) is not None)
+    counts = Counter(y for i in places for y in of(i))
     if not counts: return []
     missing = _missing(vocab, counts) if vocab else []
     lo,hi = min(counts.values()),max(counts.values())
     found = (f'{n:,} labelled images' if len(places) == n else f'{len(places):,} of {n:,} labelled images looked at') + f', {lo:,}' + (f' to {hi:,}' if hi > lo else '') + f' of each of {len(counts)} classes'
     return [_judged('labels', found + (f', none of {_few(missing)}' if missing else ''),
         (missing and len(places) == n, 'problem', "Label some images of the missing classes, or leave these out of the vocabulary: a model that is never shown a class can't give right pseudo-labels for it."),
-        (missing or hi > 10*lo, 'note', "Label more images of the rare classes, or try a policy that evens classes out, as `AdaMatch()` or `DebiasMatch()`."))]
+        (missing or hi > 10*lo, 'note', "Label more images of the rare classes, or " + ("give them a lower `positive` threshold, as in `MultiLabelThreshold(positive=[0.95, 0.8, ...])`." if fm.policy.multi_label else
+                                                                                         "try a policy that evens classes out, as `AdaMatch()` or `DebiasMatch()`.")))]
 
 # %% ../nbs/09_check.ipynb #5f683ecf
 def _check_epoch(fm):
@@ -390,7 +394,7 @@ def __call__(self:_Rehearsal):
         self.n_images,self.n_bytes = len(learn.xb[0]),learn.xb[0].nbytes
         learn.pred = learn.model(*learn.xb)
         if isinstance(learn.pred, Tensor) and learn.pred.ndim == 2: self.n_out = learn.pred.shape[1]
-        top = int(learn.yb[0].max()) # on a GPU a class without output would break more than this step
+        top = 0 if self.fm.policy.multi_label else int(learn.yb[0].max()) # on a GPU a class without output would break more than this step
         if self.n_out is not None and top >= self.n_out: raise ValueError(f"The model has {self.n_out} outputs, but there are labels up to {top}: give it one output for each class.")
         self.fm.after_pred()
         loss = learn.loss_func(cast(learn.pred, Tensor).float(), *learn.yb)
@@ -550,10 +554,10 @@ def _never_labeled(fm, most=1000):
     "Classes without a labelled image, as far as at most `most` of these show"
     vocab,labels = _vocab(fm),_labels(_dataset(fm.dls.train))
     if vocab is None or labels is None: return []
-    n,label = labels
+    n,of = labels
     missing = _missing(vocab, ())
     for i in _some(n, most):
-        if (y := label(i)) is not None and vocab[y] in missing: missing.remove(vocab[y])
+        missing = [o for o in missing if o not in [vocab[y] for y in of(i)]]
         if not missing: break
     return missing if n <= most else []
 

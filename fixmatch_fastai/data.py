@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists, test_set
 from fastai.data.load import fa_collate
+from fastai.data.transforms import EncodedMultiCategorize, MultiCategorize
 from fastai.torch_basics import L, TensorImage, Transform, compose_tfms, patch, show_image, to_device
 from fastai.vision.core import PILBase, ToTensor
 from fastai.vision.data import get_grid
@@ -165,19 +166,23 @@ class _Cache:
             self.images[i],self.kept[i] = a,True
         return Image.fromarray(self.images[i].numpy())
 
-# %% ../nbs/01_data.ipynb #fcf0b280
+# %% ../nbs/01_data.ipynb #297a3bde
+def _several_labels(dls):
+    "Have the images of `dls` several labels each, as with a `MultiCategoryBlock`?"
+    return any(isinstance(f, (MultiCategorize,EncodedMultiCategorize)) for tl in getattr(_own(dls.valid).dataset, 'tls', ())[1:] for f in tl.tfms.fs)
+
 class UnlabeledViews:
     "Image `i` of a dataset as `(weak, strong, i)`, or as `((weak, strong), y, i)` where a `label_func` tells the truth"
     def __init__(self,
         dataset,         # Opens image `i`: what fastai's `test_set` returns
         dls:DataLoaders, # Whose validation transforms resize it
         tfm,             # PIL image to `(weak, strong)` tensors
-        label_func=None, # Item to its class, for reporting only
+        label_func=None, # Item to its class, or to a list of its classes, for reporting only
         cache=None       # Keep opened and resized images: `'shared'` among processes, or `'own'`
     ):
         self.dataset,self.tfm,self.label_func,self.cache = dataset,tfm,label_func,cache
         self._caches = {} # of the last size asked for; one dictionary for all that `following` makes
-        self.o2i = dict(getattr(getattr(dls, 'vocab', None), 'o2i', {}))
+        self.o2i,self.several = dict(getattr(getattr(dls, 'vocab', None), 'o2i', {})),_several_labels(dls)
         self._follow(dls)
 
     def _follow(self, dls):
@@ -204,9 +209,15 @@ class UnlabeledViews:
     def __len__(self): return len(self.dataset)
 
     def label(self, i):
-        "Class number of image `i`, -1 where it is unknown"
+        "Class number of image `i`, or, for several labels, 0 or 1 of each class, int64 (C,); -1 where it is unknown"
         y = self.label_func(self.items.iloc[i] if hasattr(self.items, 'iloc') else self.items[i])
+        if self.several: return self._each(y)
         return self.o2i.get(y, -1) if self.o2i else -1 if y is None else int(y)
+
+    def _each(self, labels):
+        if labels is None: return torch.full((len(self.o2i),), -1)
+        if isinstance(labels, str): raise TypeError(f"With several labels in an image `label_func` must return a list of them, but it returned {labels!r}: return [{labels!r}], or split it.")
+        return torch.tensor([int(o in labels) for o in self.o2i])
 
     def _item(self, i):
         item = self.dataset[i]
@@ -394,7 +405,7 @@ def unlabeled_dl(self:DataLoaders,
     items,           # Unlabelled images, in any form these `DataLoaders` open: files, arrays, DataFrame rows
     mu:int=7,        # Unlabelled images for each labelled one in a batch (μ of the paper)
     tfm=None,        # PIL image to `(weak, strong)` tensors, default `FixMatchTransform()`; or `FixMatchBatchTransform()`, for views made on the device
-    label_func=None, # Item to its true class; only `pseudo_acc`, a report, is made of it
+    label_func=None, # Item to its true class, or to a list of its classes with a `MultiCategoryBlock`; only `pseudo_acc`, a report, is made of it
     cache:bool=False,# Open and resize each image once, and keep it in memory?
     **kwargs         # `bs`, `shuffle`, `drop_last`, `num_workers`, `pin_memory`, `timeout`, `device`
 )->UnlabeledDL: # Its batches are `(weak, strong, idxs)`; views are (M, channels, H, W), uint8 unless `tfm` normalises; `idxs` (M,) are places in `items`
@@ -442,7 +453,7 @@ def show_batch(self:UnlabeledDL,
     axs = get_grid(2*n, nrows=2, ncols=n, figsize=figsize or (1.3*n,3))
     vocab = {i: o for o,i in self.dataset.o2i.items()}
     for j in range(n):
-        title = '' if y is None else str(vocab.get(int(y[j]), '?'))
+        title = '' if y is None else str(vocab.get(int(y[j]), '?')) if y.ndim == 1 else ', '.join(str(vocab[k]) for k,o in enumerate(y[j]) if o > 0)
         show_image(_displayable(weak[j], self.dataset.tfm), ctx=axs[j], title=title, **{'cmap': 'gray', **kwargs})
         show_image(_displayable(strong[j], self.dataset.tfm), ctx=axs[n+j], **{'cmap': 'gray', **kwargs})
     for ax,name in ((axs[0],'weak'), (axs[n],'strong')):

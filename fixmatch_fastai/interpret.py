@@ -99,6 +99,7 @@ class PseudoLabelInterpretation:
 
     @classmethod
     def _look(cls, learn, dl, fm):
+        if fm.policy.multi_label: raise ValueError(f"PseudoLabelInterpretation is for one class in each image, and {type(fm.policy).__name__} for several: `learn.fix_match.show_pseudo_labels()` shows those.")
         device = next(learn.model.parameters()).device
         known = fm.peek(1, labeled=True)[0] if fm.policy.needs_labeled else SemiBatch()
         found,damaged = [],{}

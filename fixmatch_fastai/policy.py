@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SemiBatch', 'PseudoLabels', 'Memory', 'Unseen', 'Policy', 'FixedThreshold', 'UDA', 'alone', 'FlexMatch', 'FreeMatch',
-           'DistributionAlignment', 'SoftMatch', 'AdaMatch', 'Dash', 'DebiasMatch', 'Combined']
+           'DistributionAlignment', 'SoftMatch', 'AdaMatch', 'Dash', 'DebiasMatch', 'Combined', 'MultiLabelThreshold']
 
 # %% ../nbs/02_policy.ipynb #766b678c
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 class SemiBatch(NamedTuple):
     "What a `Policy` may look at: plain tensors on one device, without gradient"
     x: Tensor = None           # Labelled images as the model saw them, (B, channels, H, W)
-    y: Tensor = None           # Their classes, int64 (B,)
+    y: Tensor = None           # Their classes, int64 (B,); for several labels in an image 0 or 1 of each class, float32 (B, C)
     weak: Tensor = None        # Weak views as the model saw them, (M, channels, H, W)
     idxs: Tensor = None        # Places in the pool, int64 (M,), or `None` if the loader gives none
     logits_x: Tensor = None    # Logits of the labelled images, float32 (B, C)
@@ -28,14 +28,14 @@ class SemiBatch(NamedTuple):
 
     @property
     def probs(self)->Tensor: # float32 (M, C)
-        "Softmax of the weak logits"
+        "Softmax of the weak logits, for one class in each image"
         return self.logits_weak.softmax(1)
 
 # %% ../nbs/02_policy.ipynb #8b3f1fd8
 class PseudoLabels(NamedTuple):
     "What a `Policy` decides"
     targets: Tensor # Classes, int64 (M,), or probabilities, float32 (M, C)
-    weights: Tensor # How much each counts, float32 (M,) in 0 to 1
+    weights: Tensor # How much each counts, float32 in 0 to 1: (M,), or (M, C) for several labels in an image
 
 # %% ../nbs/02_policy.ipynb #cb3b3205
 class Memory(nn.Module):
@@ -44,7 +44,7 @@ class Memory(nn.Module):
 
     def remember(self, **buffers):
         "Make all buffers, once in `setup`, with these start values; where `load_state_dict` or a pickle has brought them before, those stay"
-        if self._loaded and (had := {k: tuple(getattr(self, k).shape) for k in self._loaded}) != (want := {k: tuple(v.shape) for k,v in buffers.items()}):
+        if self._loaded and (had := {k: tuple(getattr(self, k).shape) for k in sorted(self._loaded)}) != (want := {k: tuple(v.shape) for k,v in buffers.items()}):
             raise ValueError(f"The loaded memory of {type(self).__name__} holds {had}, but this training needs {want}: it was saved by another policy, with other classes or for another pool.")
         if not self._loaded:
             for name,v in buffers.items(): self.register_buffer(name, v)
@@ -73,6 +73,7 @@ class Unseen:
 class Policy(Memory):
     "Decides which pseudo-labels count. Subclasses write `forward`, and `setup` if they remember something"
     needs_labeled = False # True: `logits_x` must be known before the loss
+    multi_label = False   # True: for several labels in an image; then targets, weights and losses are (M, C)
 
     def setup(self,
         n_classes:int,       # C
@@ -88,13 +89,16 @@ class Policy(Memory):
     def loss(self,
         logits_strong:Tensor, # float32 (M, C), with gradient
         pseudo:PseudoLabels
-    )->Tensor: # (M,), before weights
+    )->Tensor: # Before weights, and of their shape
         "Loss of each strong view: cross-entropy with hard or soft targets"
         return F.cross_entropy(logits_strong, pseudo.targets, reduction='none')
 
     def penalty(self, batch:SemiBatch, pseudo:PseudoLabels, logits_strong:Tensor):
-        "An extra term of the loss, 0 by default"
+        "An extra term of the loss, 0 by default. With `forward='selective'`, `pseudo` and `logits_strong` are of those images alone that may count, fewer than in `batch`"
         return 0.
+
+    def thresholds(self)->Tensor: # float32 (C,), or () for all classes
+        "From which confidence on a class counts now, for pictures; `None` where that is not what decides"
 
     def __and__(self, other): return Combined(self, other, '&')
     def __or__(self, other): return Combined(self, other, '|')
@@ -122,6 +126,7 @@ class FixedThreshold(Policy):
         confidence,targets = (batch.logits_weak/self.T).softmax(1).max(1)
         return PseudoLabels(targets, (confidence >= self.threshold).float())
 
+    def thresholds(self): return torch.tensor(self.threshold)
     def extra_repr(self): return f'threshold={self.threshold}, T={self.T}'
 
 # %% ../nbs/02_policy.ipynb #379f3559
@@ -191,10 +196,13 @@ class FlexMatch(Policy):
     def forward(self, batch):
         if batch.idxs is None: raise ValueError("FlexMatch needs the place of each unlabelled image in the pool (`idxs`): make the loader with `dls.unlabeled_dl(files)`, or let it yield (weak, strong, idxs).")
         confidence,k = batch.probs.max(1)
-        beta = self.counts[:-1]/self.counts.max()
-        weights = (confidence >= self.threshold*(beta/(2-beta))[k]).float()
+        weights = (confidence >= self.thresholds()[k]).float()
         self._note(*(_rows(o) for o in (batch.idxs, k, confidence >= self.threshold)))
         return PseudoLabels(k, weights)
+
+    def thresholds(self):
+        beta = self.counts[:-1]/self.counts.max()
+        return self.threshold*(beta/(2-beta))
 
     def _note(self, idxs, k, sure):
         if idxs.device.type == 'cpu' and not 0 <= int(idxs.min()) <= int(idxs.max()) < len(self.last)-1:
@@ -234,8 +242,9 @@ class FreeMatch(Policy):
         n_classes = len(self.p)
         mean = _mean(torch.cat([confidence[:,None], probs, F.one_hot(k, n_classes).float()], 1)).split([1,n_classes,n_classes])
         for avg,new in zip((self.tau,self.p,self.hist), mean): avg.lerp_(new.view_as(avg), 1-self.decay)
-        threshold = self.tau.clamp(self.lower, self.upper)*self.p/self.p.max()
-        return PseudoLabels(k, (confidence >= threshold[k]).float())
+        return PseudoLabels(k, (confidence >= self.thresholds()[k]).float())
+
+    def thresholds(self): return self.tau.clamp(self.lower, self.upper)*self.p/self.p.max()
 
     def penalty(self, batch, pseudo, logits_strong):
         "λ_f · Σ_j SumNorm(p̃ ⁄ h̃)_j · log SumNorm(p̄ ⁄ h̄)_j over the accepted images; classes that are never predicted are left out (equation 12)"
@@ -299,6 +308,7 @@ class SoftMatch(Policy):
         below = (confidence-self.mu).clamp(max=0)
         return PseudoLabels(probs.argmax(1), torch.exp(-below**2*self.n_sigma**2/(2*self.var).clamp(min=1e-8)))
 
+    def thresholds(self): return self.mu # from here on weights are 1
     def extra_repr(self): return f'n_sigma={self.n_sigma}, decay={self.decay}'
 
 # %% ../nbs/02_policy.ipynb #f5b4bb7c
@@ -344,14 +354,18 @@ class Dash(Policy):
         loss_x = _mean(F.cross_entropy(batch.logits_x, batch.y, reduction='none'))
         latest = torch.where(self.rho_x.isnan(), loss_x, self.rho_x.lerp(loss_x, 0.1)) # about the last ten batches of the warm-up
         self.rho_x.copy_(torch.where(self.step < max(self.warmup, 1), latest, self.rho_x))
-        n_falls = (self.step-self.warmup).clamp(min=0)//self.every
-        rho = (self.C*self.rho_x*self.gamma**-n_falls.float()).clamp(min=self.rho_min)
+        rho = self._rho()
         k = batch.logits_weak.argmax(1)
         targets = torch.where(rho > self.rho_min, (batch.logits_weak/self.T).softmax(1), F.one_hot(k, batch.logits_weak.shape[1]).float())
         weights = ((F.cross_entropy(batch.logits_weak, k, reduction='none') <= rho) & (self.step >= self.warmup)).float()
         self.step += 1
         return PseudoLabels(targets, weights)
 
+    def _rho(self):
+        n_falls = (self.step-self.warmup).clamp(min=0)//self.every
+        return (self.C*self.rho_x*self.gamma**-n_falls.float()).clamp(min=self.rho_min)
+
+    def thresholds(self): return torch.where(self.step < self.warmup, 1., torch.exp(-self._rho())) # a loss of ρ is a confidence of exp(−ρ)
     def extra_repr(self): return f'warmup={self.warmup}, every={self.every}, gamma={self.gamma}, C={self.C}, rho_min={self.rho_min}, T={self.T}'
 
 # %% ../nbs/02_policy.ipynb #0f792258
@@ -385,11 +399,16 @@ class Combined(Policy):
     ):
         super().__init__()
         if not isinstance(second, Policy): raise TypeError(f"A policy can be combined with a policy only, but got a {type(second).__name__}.")
+        if first.multi_label != second.multi_label:
+            raise ValueError(f"{type(first).__name__} and {type(second).__name__} can't be combined: one is for several labels in an image, the other for one class in each.")
         if set(first.modules()) & set(second.modules()): raise ValueError("A policy can't be combined with itself, as it would remember each batch twice: make a second one.")
         self.first,self.second,self.how = first,second,how
 
     @property
     def needs_labeled(self): return self.first.needs_labeled or self.second.needs_labeled
+
+    @property
+    def multi_label(self): return self.first.multi_label
 
     def setup(self, n_classes, n_unlabeled, model):
         for o in (self.first,self.second): o.setup(n_classes, n_unlabeled, model)
@@ -401,3 +420,45 @@ class Combined(Policy):
     def loss(self, logits_strong, pseudo): return self.first.loss(logits_strong, pseudo)
     def penalty(self, batch, pseudo, logits_strong):
         return self.first.penalty(batch, pseudo, logits_strong) + self.second.penalty(batch, pseudo, logits_strong)
+
+# %% ../nbs/02_policy.ipynb #07138ed2
+def _thresholds(name, v):
+    "`v`, a number or one for each class, as float64 () or (C,)"
+    try: t = torch.as_tensor(v, dtype=torch.float64)
+    except (TypeError,ValueError,RuntimeError): t = None
+    if t is None or t.ndim > 1 or t.numel() == 0 or not ((0 <= t) & (t <= 1)).all():
+        raise ValueError(f"`{name}` must be a number between 0 and 1, or one for each class in a sequence, but got {v}.")
+    return t.cpu()
+
+class MultiLabelThreshold(Policy):
+    "Of each class by itself: there, absent, or, in between, not counted ([FixMatch](https://arxiv.org/abs/2001.07685), equation 4, with a sigmoid for each class)"
+    multi_label = True
+    def __init__(self,
+        positive=0.95, # Smallest probability from which a class counts as there, 0 to 1: a number, or a sequence of C, one for each class
+        negative=0.05  # Largest probability up to which it counts as absent, below `positive`: a number, or a sequence of C
+    ):
+        super().__init__()
+        high,low = _thresholds('positive', positive),_thresholds('negative', negative)
+        if high.ndim and low.ndim and len(high) != len(low): raise ValueError(f"`positive` and `negative` must have equally many thresholds, one for each class, but have {len(high)} and {len(low)}.")
+        if not (low < high).all(): raise ValueError(f"`negative` must be below `positive`, of each class, but got {negative} and {positive}.")
+        for name,t in dict(positive=high, negative=low).items(): self.register_buffer(name, t.float(), persistent=False) # a setting, no memory
+
+    def setup(self, n_classes, n_unlabeled, model):
+        self.remember() # nothing, and so it takes no other policy's memory
+        for name,t in self.named_buffers():
+            if t.ndim and len(t) != n_classes: raise ValueError(f"`{name}` has {len(t)} thresholds, but the model has {n_classes} outputs: give one for each, in the order of the vocabulary, or one number for all.")
+
+    def forward(self, batch):
+        probs = batch.logits_weak.sigmoid()
+        there,absent = probs >= self.positive,probs <= self.negative
+        counts = there | absent
+        return PseudoLabels(torch.where(counts, there, probs >= .5).float(), counts.float()) # where a class doesn't count, what is likelier
+
+    def loss(self,
+        logits_strong, # float32 (M, C), with gradient
+        pseudo
+    )->Tensor: # (M, C), before weights
+        "Binary cross-entropy of each class of each strong view"
+        return F.binary_cross_entropy_with_logits(logits_strong, pseudo.targets, reduction='none')
+
+    def extra_repr(self): return ', '.join(f'{name}={[float(f"{o:.6g}") for o in t.tolist()] if t.ndim else float(f"{t:.6g}")}' for name,t in self.named_buffers())

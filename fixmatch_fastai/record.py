@@ -19,7 +19,7 @@ from fastai.learner import Recorder
 from .policy import PseudoLabels
 
 # %% ../nbs/05_record.ipynb #cf41a30a
-# a step's: loss_x, loss_u, mask_rate, correct, counted, B, M, share of the most frequent pseudo-label, and which that is
+# a step's: loss_x, loss_u, mask_rate, correct, counted, B, M, share of the most frequent pseudo-label, and which that is, or, of several labels, -1 less how many they are
 _every = 100 # steps, after which they are fetched and looked through
 
 def _troubles(
@@ -37,13 +37,28 @@ _warnings = dict(
     one_class="For {window} steps the model has said {name} of (nearly) all unlabelled images: a lower learning rate, as many labels of each class, or a policy that evens classes out "
               "(`AdaMatch()`, `DebiasMatch()`) usually helps; where the unlabelled images really are of one class, all is well.")
 
+_one_set = ("For {window} steps the pseudo-labels that count have named {name} in (nearly) all unlabelled images: a lower `positive` threshold, as many labels of each class, or a lower learning rate "
+            "usually helps; where the unlabelled images really show no more, all is well.") # `one_class` of several labels
+
+# %% ../nbs/05_record.ipynb #2d522b01
+def _most_frequent(targets, weights):
+    "The share of the most frequent pseudo-label, and which that is; of several labels those that count as there, and -1 less how many they are"
+    if weights.ndim == 1:
+        if targets.ndim == 2: targets = targets.argmax(1)
+        top = targets.mode().values
+        return (targets == top).float().mean(),top
+    named = ((targets >= .5) & (weights > 0)).long()
+    top = named.mode(0).values
+    return (named == top).all(1).float().mean()*(weights > 0).any(),-1-top.sum()
+
 # %% ../nbs/05_record.ipynb #dec7809e
 class SemiRecorder(Callback):
     "Adds `loss_x`, `loss_u`, `mask_rate` and, where the truth is known, `pseudo_acc` to the columns of a fit"
     # after Recorder (50) has written its own names and values, before TensorBoard (51), the progress bar and trackers (60) read them
     order = Recorder.order + 0.5
-    _stateattrs = ('_rows','_steps','trouble')
+    _stateattrs = ('_rows','_steps','trouble','_classes')
     _columns,_place,_rows,_steps,_values,_fresh,_from,trouble = (),None,(),np.zeros((0,9)),(),False,0,{}
+    _classes,_said,_n_said = (),None,0 # by class: of past spans of steps, and of the present one
 
     def start(self,
         columns=None # Those to show, of `loss_x`, `loss_u`, `mask_rate`, `pseudo_acc`; default: as before, or the first three
@@ -64,19 +79,38 @@ class SemiRecorder(Callback):
         loss_u,              # Unlabelled loss, a scalar tensor
         n_x:int,             # Labelled images in the batch
         pseudo:PseudoLabels, # What the policy decided
-        truth=None           # Classes (M,), negative where unknown
+        truth=None,          # Classes (M,), or 0 or 1 of each class (M, C), negative where unknown
+        policy=None,         # What decided, for its `thresholds`
+        n_classes:int=None   # C, to count by class
     ):
         "Note one step; nothing waits for the device"
-        if self._fresh: self._rows,self._steps,self._fresh,self.trouble = [],np.zeros((0,9)),False,{}
+        if self._fresh: self._rows,self._steps,self._fresh,self.trouble,self._classes,self._said = [],np.zeros((0,9)),False,{},[],None
         targets,weights = pseudo
-        if targets.ndim == 2: targets = targets.argmax(1)
-        top = targets.mode().values
+        if n_classes is not None and weights.ndim == 1: self._count(targets.argmax(1) if targets.ndim == 2 else targets, weights, policy, n_classes)
+        share,top = _most_frequent(targets, weights)
+        if weights.ndim == 2: targets = (targets >= .5).long()
+        elif targets.ndim == 2: targets = targets.argmax(1)
         counted = correct = weights.new_zeros(())
-        if truth is not None and weights.ndim == 1:
+        if truth is not None and truth.shape == weights.shape:
             w = weights*(truth >= 0)
             counted,correct = w.sum(),(w*(targets == truth)).sum()
-        row = torch.stack([o.detach().float() for o in (loss_x, loss_u, weights.mean(), correct, counted, (targets == top).float().mean(), top)])
+        row = torch.stack([o.detach().float() for o in (loss_x, loss_u, weights.mean(), correct, counted, share, top)])
         self._rows.append((row,(n_x,len(weights))))
+
+    def _count(self, targets, weights, policy, n_classes):
+        "Add to the present span of steps how often each class was said, and how much of that counted"
+        if self._said is None or self._said.shape[1] != n_classes: self._said,self._n_said = weights.new_zeros(2, n_classes),0
+        self._said.scatter_add_(1, targets.expand(2, -1), torch.stack([torch.ones_like(weights), weights]))
+        self._n_said += 1
+        if self._n_said < self._span(): return
+        needed = policy.thresholds() if hasattr(policy, 'thresholds') else None
+        self._classes.append((self._n_said, self._said, None if needed is None else needed.detach().clone()))
+        self._said = None
+
+    def _span(self):
+        "Steps that are counted together, so that there are 60 spans or so"
+        try: return max(1, self.n_epoch*len(self.dls.train)//60)
+        except (TypeError,AttributeError): return _every//10
 
     def _fetch(self):
         "Take the noted steps off the device in one copy"
@@ -108,7 +142,9 @@ class SemiRecorder(Callback):
         step,top = int(bad.argmax()) if bad.any() else len(self._steps),int(self._steps[-1,8])
         vocab = getattr(self.dls, 'vocab', None)
         name = repr(str(vocab[top])) if vocab is not None and 0 <= top < len(vocab) else f'class {top}'
-        self.trouble = {**self.trouble, kind: _warnings[kind].format(step=step, window=window, name=name)}
+        text = _warnings[kind]
+        if kind == 'one_class' and top < 0: text,name = _one_set,{0: 'no class', 1: 'the same class'}.get(-1-top, f'the same {-1-top} classes')
+        self.trouble = {**self.trouble, kind: text.format(step=step, window=window, name=name)}
         if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0: warnings.warn(self.trouble[kind], stacklevel=2)
 
     def before_train(self):
@@ -138,6 +174,15 @@ class SemiRecorder(Callback):
         recorder.values[-1] = recorder.values[-1] + [float('nan')]*(len(recorder.metric_names)-1-len(recorder.values[-1])) # what `validate` returns stays short
 
     @property
+    def by_class(self)->dict: # `step`: where spans end (S,); `said`: pseudo-labels of each class (S, C); `share`: of these, how many count (S, C), NaN where none were said; `threshold` (S, C), if the policy tells
+        "What spans of the last fit's steps left, class by class"
+        if not self._classes: return {}
+        steps,said,needed = zip(*self._classes)
+        said = torch.stack(said).cpu().numpy()
+        out = dict(step=np.cumsum(steps), said=said[:,0], share=np.divide(said[:,1], said[:,0], out=np.full_like(said[:,0], np.nan), where=said[:,0] > 0))
+        return out if needed[0] is None else {**out, 'threshold': torch.stack([o.expand(said.shape[2]) for o in needed]).cpu().numpy()}
+
+    @property
     def history(self)->pd.DataFrame: # `loss_x`, `loss_u`, `mask_rate`, `pseudo_acc`, a row for each step of the last fit
         "What each step of the last fit left"
         if self._rows: self._fetch()
@@ -159,12 +204,17 @@ StopOnTrouble.after_train = StopOnTrouble.after_batch
 def plot_steps(
     history:pd.DataFrame, # `SemiRecorder.history`
     smooth:int=None,      # Steps in the running mean; default: a twentieth of all
-    figsize=(9,3)         # Of the figure, in inches
-)->np.ndarray: # The two axes
-    "Draw the losses, and how many pseudo-labels count and are right, over the steps"
+    figsize=None,         # Of the figure, in inches; default: 9 wide
+    by_class:dict=None,   # `SemiRecorder.by_class`, for a second row
+    vocab=None            # Names of the classes
+)->np.ndarray: # The axes
+    "Draw the losses, and how many pseudo-labels count and are right, over the steps; below, how many count of each class, and from which confidence on"
     if len(history) == 0: raise ValueError("There is nothing to plot yet: train first, with `learn.fit` or one of its kin.")
     smooth = smooth or max(1, len(history)//20)
-    _,axs = plt.subplots(1, 2, figsize=figsize, layout='constrained')
+    rows = 2 if by_class else 1
+    moves = bool(by_class) and 'threshold' in by_class and np.ptp(by_class['threshold']) > 0
+    _,axs = plt.subplot_mosaic([['losses','counts'], ['classes','thresholds' if moves else 'classes']][:rows], figsize=figsize or (9,3*rows), layout='constrained')
+    axs = np.array([*axs.values()])
     labels = dict(loss_x='labelled, loss_x', loss_u='unlabelled, loss_u', mask_rate='pseudo-labels that count, mask_rate', pseudo_acc='of these right, pseudo_acc')
     for ax,cols in ((axs[0],['loss_x','loss_u']), (axs[1],['mask_rate','pseudo_acc'])):
         for i,c in enumerate(o for o in cols if history[o].notna().any()):
@@ -175,7 +225,31 @@ def plot_steps(
         ax.grid(alpha=.3)
     axs[0].set(title='losses', ylabel='cross-entropy, nats', ylim=(0,None))
     axs[1].set(title='pseudo-labels', ylabel='share', ylim=(-.02,1.02))
+    if by_class: _plot_classes(axs[2], by_class, vocab)
+    if moves: _plot_thresholds(axs[3], by_class)
     return axs
+
+def _plot_classes(ax, o, vocab):
+    "How many pseudo-labels of each class count, as colours; where a class is never said there is none"
+    n = o['share'].shape[1]
+    edges = np.r_[0, o['step']]
+    mesh = ax.pcolormesh(edges, np.arange(n+1)-.5, np.ma.masked_invalid(o['share'].T), vmin=0, vmax=1, cmap='viridis')
+    ax.set(title='pseudo-labels of each class that count', xlabel='step', ylabel='pseudo-label', ylim=(n-.5,-.5))
+    ax.set_facecolor('.9')
+    if n <= 20: ax.set_yticks(range(n), [str(i) for i in (range(n) if vocab is None else vocab)])
+    plt.colorbar(mesh, ax=ax, label='share')
+
+def _plot_thresholds(ax, o):
+    "The thresholds: a line each for a few classes, else the band they lie in"
+    steps,needed = o['step'],o['threshold']
+    if np.ptp(needed, axis=1).max() == 0: ax.plot(steps, needed[:,0])
+    elif needed.shape[1] <= 10: ax.plot(steps, needed, lw=1)
+    else:
+        ax.fill_between(steps, needed.min(1), needed.max(1), alpha=.3, label='lowest to highest')
+        ax.plot(steps, needed.mean(1), label='mean over classes')
+        ax.legend(fontsize=8)
+    ax.set(title='confidence from which they count', xlabel='step', ylabel='threshold', ylim=(-.02,1.02))
+    ax.grid(alpha=.3)
 
 # %% ../nbs/05_record.ipynb #11834acf
 def _show(ax, img):
@@ -190,7 +264,7 @@ def plot_pseudo_labels(
     weak,         # Weak views (n, channels, H, W), uint8 or float
     strong,       # Strong views of the same images
     labels,       # What the model says of each, as text
-    confidences,  # How sure it is, 0 to 1
+    confidences,  # How sure it is, 0 to 1, or of how many of the classes
     weights,      # How much each counts, 0 to 1
     truths=None,  # The true classes as text, `None` where unknown
     ncols:int=8,  # Pairs in a row

@@ -439,6 +439,7 @@ def compare_scores(
     "How well each doubt tells wrong pseudo-labels from right ones, as the model is now; nothing is trained"
     fix_match = getattr(learn, 'fix_match', None)
     if fix_match is None: raise ValueError("`compare_scores` needs a learner with FixMatch: add it with `learn.add_cb(FixMatch(unlabeled_dl))`.")
+    if fix_match.policy.multi_label: raise ValueError("`compare_scores` compares doubts about one class in each image, and this learner's policy is for several labels: leave the comparison out, or use a policy for one class.")
     batches,truth,*_ = zip(*[fix_match.peek(labeled=False) for _ in range(n_batches)])
     if any(t is None for t in truth) or not (torch.cat(truth) >= 0).any(): raise ValueError("`compare_scores` needs the classes of unlabelled images: make the loader with `dls.unlabeled_dl(files, label_func=...)`.")
     truth = torch.cat(truth).cpu()

@@ -1,0 +1,127 @@
+"The pictures of a fit show what happened: by class, thresholds that move, which pairs are picked"
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from conftest import quiet_fit
+from fastai.vision.all import set_seed
+
+from fixmatch_fastai.all import UDA, AdaMatch, Dash, FixedThreshold, FlexMatch, FreeMatch, PseudoLabels, SemiBatch, SoftMatch
+from fixmatch_fastai.record import SemiRecorder
+
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    yield
+    plt.close('all')
+
+
+def test_by_class_by_hand():
+    "Two spans of ten steps; class 2 is never said"
+    rec = SemiRecorder()
+    rec.start()
+    for step in range(25):
+        targets, weights = torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.0, 0.5])
+        rec.add(
+            torch.tensor(1.0), torch.tensor(1.0), 2, PseudoLabels(targets, weights if step < 10 else 2 * weights / 2 + torch.tensor([0, 1.0, 0])), None, None, 3
+        )
+    o = rec.by_class
+    assert o['step'].tolist() == [10, 20] and o['said'].tolist() == [[20, 10, 0]] * 2 and 'threshold' not in o
+    np.testing.assert_array_equal(o['share'], [[0.5, 0.5, np.nan], [1, 0.5, np.nan]])
+    rec.start()
+    assert len(rec.by_class['step']) == 2, 'kept until training begins'
+    rec.add(torch.tensor(1.0), torch.tensor(1.0), 2, PseudoLabels(torch.tensor([0]), torch.tensor([1.0])), None, None, 3)
+    assert rec.by_class == {}
+
+
+def test_soft_targets_are_counted_as_their_likeliest_class():
+    rec = SemiRecorder()
+    rec.start()
+    for _ in range(10):
+        rec.add(torch.tensor(1.0), torch.tensor(1.0), 2, PseudoLabels(torch.tensor([[0.1, 0.9], [0.6, 0.4]]), torch.ones(2)), None, None, 2)
+    assert rec.by_class['said'].tolist() == [[10, 10]]
+
+
+@pytest.mark.parametrize(
+    'policy, moves',
+    [(FixedThreshold(0.2), False), (FlexMatch(0.2), True), (FreeMatch(decay=0.5), True), (SoftMatch(decay=0.5), True), (AdaMatch(), False), (UDA(), False)],
+    ids=repr,
+)
+def test_sums_agree_with_the_history(make_learner, policy, moves):
+    learn = make_learner(fixmatch={'threshold': 0.95, 'policy': policy})
+    quiet_fit(learn, 4, 1e-2)
+    o, history = learn.fix_match._recorder.by_class, learn.fix_match.history
+    assert o['step'].tolist() == list(range(1, 13)), 'few steps: each by itself'
+    assert (o['said'].sum(1) == 8).all()
+    np.testing.assert_allclose(np.nansum(o['said'] * o['share'], 1) / 8, history.mask_rate, atol=1e-6)
+    axs = learn.fix_match.plot()
+    assert len(axs) == 3 + moves and [ax.get_title() for ax in axs][2] == 'pseudo-labels of each class that count'
+    assert [o.get_text() for o in axs[2].get_yticklabels()] == [str(i) for i in range(10)]
+    quiet_fit(learn, 1)
+    assert len(learn.fix_match._recorder.by_class['step']) == 3, 'of the last fit only'
+
+
+def test_thresholds_are_what_counts():
+    "An image a little above its class's threshold counts, one a little below does not"
+    g = torch.Generator().manual_seed(0)
+    for policy in (FixedThreshold(0.6), FlexMatch(0.8), FreeMatch(decay=1.0), Dash(warmup=0, rho_min=0.3)):
+        policy.setup(3, 50, None)
+        batch = lambda n: SemiBatch(
+            idxs=torch.randint(0, 50, (n,), generator=g),
+            logits_weak=3 * torch.randn(n, 3, generator=g),
+            logits_x=torch.randn(4, 3, generator=g),
+            y=torch.tensor([0, 1, 2, 0]),
+        )
+        for _ in range(8):
+            policy(batch(40))
+        needed, b = policy.thresholds().expand(3).clone(), batch(200)
+        if isinstance(policy, Dash):
+            policy.step.zero_()  # so that the bound does not fall in between
+            needed = policy.thresholds().expand(3).clone()
+        targets, weights = policy(b)
+        if targets.ndim == 2:
+            targets = targets.argmax(1)
+        confidence = b.probs.max(1).values
+        far = (confidence - needed[targets]).abs() > 1e-4
+        assert torch.equal((weights > 0)[far], (confidence >= needed[targets])[far]), policy
+        assert 0 < (weights > 0).sum() < 200, policy
+
+
+def test_dash_asks_for_certainty_while_it_warms_up():
+    policy = Dash(warmup=2)
+    policy.setup(3, 50, None)
+    assert policy.thresholds() == 1
+
+
+def shown(fig):
+    return [float(ax.get_title().split()[1]) for ax in fig.axes if ax.get_title()]
+
+
+def test_which_pairs(make_learner):
+    learn = make_learner(fixmatch={'threshold': 0.25})
+    quiet_fit(learn, 2, 1e-2)
+    fm = learn.fix_match
+    seeded = lambda **kwargs: (set_seed(3), shown(fm.show_pseudo_labels(**kwargs)))[1]
+    whole = seeded(max_n=8)
+    assert len(whole) == 8, 'a batch of mu · bs'
+    assert seeded(max_n=3, which='confident') == sorted(whole, reverse=True)[:3]
+    near = seeded(max_n=2, which='border')
+    assert max(abs(o - 0.25) for o in near) <= sorted(abs(o - 0.25) for o in whole)[1] + 0.1
+    assert len(seeded(max_n=4, which='disagree')) == 4
+    with pytest.raises(ValueError, match="'confident', 'border', 'disagree'"):
+        fm.show_pseudo_labels(which='best')
+
+
+def test_most_disagreement_first(make_learner):
+    learn = make_learner(fixmatch={'threshold': 0.25})
+    quiet_fit(learn, 2, 1e-2)
+    fm = learn.fix_match
+    set_seed(3)
+    batch, _, _, strong = fm.peek(None, labeled=False)
+    with torch.no_grad():
+        learn.model.eval()
+        losses = torch.nn.functional.cross_entropy(learn.model(fm._finish(strong)), batch.logits_weak.argmax(1), reduction='none')
+    set_seed(3)
+    expected = batch.probs.max(1).values[losses.argsort(descending=True)[:4]]
+    assert shown(fm.show_pseudo_labels(4, which='disagree')) == [int(100 * o) / 100 for o in expected.tolist()]
