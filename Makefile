@@ -3,10 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
+LONG := ^(when_it_does_not_help|own_policy|cifar10)\.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint check links wheel notebooks unit test-compat matrix bench bench-policies outputs docs pages readme export format clean
+.PHONY: help demo test lint check links wheel notebooks nightly unit test-compat matrix bench bench-policies outputs docs pages readme export format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -40,9 +41,12 @@ wheel: $(READY) ## Build the package, install it elsewhere and import it
 	@echo '--- wheel'
 	@$(BIN)/python tools/check_wheel.py
 
-notebooks: $(READY) ## Run all notebooks
+notebooks: $(READY) ## Run the notebooks, but for three long tutorials
 	@echo '--- notebooks'
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --skip-file-re '^[_.]|$(LONG)'
+
+nightly: $(READY) ## Run the notebooks that `make notebooks` leaves out because they take long
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --path nbs/tutorials --file-re '$(LONG)'
 
 unit: $(READY) ## Run the tests in tests/
 	@echo '--- tests'

@@ -37,7 +37,10 @@ def _replacing(
     "`file` as it was, until what takes its place is whole on the disk"
     tmp = file.with_name(file.name+'.tmp')
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode
         yield tmp
+        tmp.chmod(mode) # safetensors leaves files that nobody else can read
         with tmp.open('rb+') as f: os.fsync(f.fileno())
         os.replace(tmp, file)
     finally: tmp.unlink(missing_ok=True)

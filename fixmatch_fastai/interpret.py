@@ -182,7 +182,7 @@ def _barh(ax, parts, names, most):
         ax.barh(np.arange(len(names)), widths, left=left, color=color, label=label, height=.8)
         left = left + widths
     ax.set(yticks=np.arange(len(names)), ylim=(len(names)-.4, -.6))
-    ax.set_yticklabels(names, fontsize=9 if len(names) <= 20 else 7)
+    ax.set_yticklabels(names, fontsize=9 if len(names) <= 20 else 7, parse_math=False)
 
 @patch
 def plot_acceptance(self:PseudoLabelInterpretation,
@@ -227,8 +227,8 @@ def plot_confusion_matrix(self:PseudoLabelInterpretation,
     ax = plt.subplots(figsize=figsize or (min(.42*n+1.6, 12),)*2, layout='constrained')[1]
     ax.imshow(shown, cmap=cmap)
     ax.set(xticks=range(n), yticks=range(n), xlabel='pseudo-label', ylabel='truth', title=title or ('pseudo-labels that count' if counted else 'all pseudo-labels'))
-    ax.set_xticklabels(self.vocab, rotation=90 if max(map(len, self.vocab)) > 2 else 0)
-    ax.set_yticklabels(self.vocab)
+    ax.set_xticklabels(self.vocab, rotation=90 if max(map(len, self.vocab)) > 2 else 0, parse_math=False)
+    ax.set_yticklabels(self.vocab, parse_math=False)
     if plot_txt:
         for i,j in itertools.product(range(n), range(n)):
             if cm[i,j]: ax.text(j, i, f'{shown[i,j]:.{norm_dec}f}' if normalize else f'{cm[i,j]}', ha='center', va='center', fontsize=8, color='w' if shown[i,j] > shown.max()/2 else 'k')
@@ -307,7 +307,7 @@ def _grid(self:PseudoLabelInterpretation, rows, title, ncols, suptitle):
     for ax,r,img in zip(axs.flat, rows.tolist(), self.images(rows)):
         _show(ax, img)
         wrong = bool(self.known[r] and not self.right[r])
-        ax.set_title(title(r), fontsize=8, color='0.5' if not self.counted[r] else 'tab:red' if wrong else 'tab:green')
+        ax.set_title(title(r), fontsize=8, parse_math=False, color='0.5' if not self.counted[r] else 'tab:red' if wrong else 'tab:green')
     fig.suptitle(suptitle, fontsize=10)
     return fig
 
@@ -414,7 +414,7 @@ def plot_to_label(
     for ax,(i,row) in zip(axs.flat, df.iterrows()):
         if not isinstance(row['item'], (str,Path)): raise TypeError("Only images that are files can be shown here.")
         _show(ax, uint8_tensor(to_plain_mode(Image.open(row['item']))))
-        ax.set_title(f'{i}' + (f": {row['predicted']} or {row['second']}?" if 'second' in row else ''), fontsize=8)
+        ax.set_title(f'{i}' + (f": {row['predicted']} or {row['second']}?" if 'second' in row else ''), fontsize=8, parse_math=False)
     return fig
 
 # %% ../nbs/10_interpret.ipynb #070b8016

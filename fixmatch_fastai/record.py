@@ -100,7 +100,8 @@ class SemiRecorder(Callback):
     def _count(self, targets, weights, policy, n_classes):
         "Add to the present span of steps how often each class was said, and how much of that counted"
         if self._said is None or self._said.shape[1] != n_classes: self._said,self._n_said = weights.new_zeros(2, n_classes),0
-        self._said.scatter_add_(1, targets.expand(2, -1), torch.stack([torch.ones_like(weights), weights]))
+        is_class = (targets[:,None] == torch.arange(n_classes, device=targets.device)).to(weights.dtype)
+        self._said += torch.stack([is_class.sum(0), weights @ is_class])
         self._n_said += 1
         if self._n_said < self._span(): return
         needed = policy.thresholds() if hasattr(policy, 'thresholds') else None
@@ -278,7 +279,7 @@ def plot_pseudo_labels(
     for i in range(n):
         top,bottom = axs[2*(i//ncols), i%ncols],axs[2*(i//ncols)+1, i%ncols]
         wrong = truths is not None and truths[i] is not None and truths[i] != labels[i]
-        top.set_title(f'{labels[i]}  {int(100*confidences[i])/100:.2f}' + (f'\n(is {truths[i]})' if wrong else ''), fontsize=9,
+        top.set_title(f'{labels[i]}  {int(100*confidences[i])/100:.2f}' + (f'\n(is {truths[i]})' if wrong else ''), fontsize=9, parse_math=False,
                       color='0.55' if weights[i] == 0 else 'tab:red' if wrong else 'tab:green')
         for ax,view in ((top,weak[i]), (bottom,strong[i])):
             ax.axis('on')

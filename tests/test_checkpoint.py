@@ -1083,3 +1083,9 @@ def test_learner_exported_by_an_earlier_version(file):
 
 if __name__ == '__main__':
     in_a_new_process(Path(sys.argv[1]))
+
+
+def test_weights_can_be_read_by_those_who_read_other_files(make_learner, tmp_path):
+    (tmp_path / 'other').write_bytes(b'')
+    file = make_learner().save_weights(tmp_path / 'weights.safetensors')
+    assert file.stat().st_mode == (tmp_path / 'other').stat().st_mode

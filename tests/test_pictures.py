@@ -65,7 +65,7 @@ def test_sums_agree_with_the_history(make_learner, policy, moves):
 def test_thresholds_are_what_counts():
     "An image a little above its class's threshold counts, one a little below does not"
     g = torch.Generator().manual_seed(0)
-    for policy in (FixedThreshold(0.6), FlexMatch(0.8), FreeMatch(decay=1.0), Dash(warmup=0, rho_min=0.3)):
+    for policy in (FixedThreshold(0.6), FlexMatch(0.8), FreeMatch(lower=0.7, decay=1.0), Dash(warmup=0, C=0.3)):
         policy.setup(3, 50, None)
         batch = lambda n: SemiBatch(
             idxs=torch.randint(0, 50, (n,), generator=g),
@@ -77,7 +77,7 @@ def test_thresholds_are_what_counts():
             policy(batch(40))
         needed, b = policy.thresholds().expand(3).clone(), batch(200)
         if isinstance(policy, Dash):
-            policy.step.zero_()  # so that the bound does not fall in between
+            policy.step.fill_(5)  # the bound neither starts anew nor falls in between
             needed = policy.thresholds().expand(3).clone()
         targets, weights = policy(b)
         if targets.ndim == 2:
