@@ -44,6 +44,7 @@ class Symbol(ShowDocRenderer):
     def methods(self):
         "The public methods and properties with a docstring, each as it is called"
         for name, o in vars(self.sym).items() if inspect.isclass(self.sym) else ():
+            o = o.__func__ if isinstance(o, classmethod) else o
             if name[0] != '_' and (inspect.isfunction(o) or isinstance(o, property)):
                 args = f'({", ".join(list(inspect.signature(o).parameters)[1:])})' if inspect.isfunction(o) else ''
                 yield f'`{name}{args}`', o.__doc__
