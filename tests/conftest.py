@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import signal
 import tracemalloc  # noqa: F401  else pytest imports it as it reports an unclosed file, which can be in the midst of an import
 import warnings
 
@@ -30,6 +31,7 @@ from fastai.vision.all import (
 from fixmatch_fastai.all import FixMatch, FixMatchTransform, digits_path, split_labeled, weak_augment
 
 matplotlib.use('agg')
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it, and so would those they start
 torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
 
 
