@@ -46,7 +46,7 @@ notebooks: $(READY) ## Run the notebooks, but for three long tutorials
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --skip-file-re '^[_.]|$(LONG)'
 
 nightly: $(READY) ## Run the notebooks that `make notebooks` leaves out because they take long
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --path nbs/tutorials --file-re '$(LONG)'
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev-test nbs/tutorials --n-workers 2 --file-re '$(LONG)'
 
 unit: $(READY) ## Run the tests in tests/
 	@echo '--- tests'
