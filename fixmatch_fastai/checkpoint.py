@@ -149,13 +149,14 @@ def _fixmatch_state(fm):
     fm._recorder._fetch() # what is still on the device
     place = getattr(fm._unlabeled_dl, 'place', None)
     return dict(policy=fm.policy.state_dict(), n_classes=fm._set_for and fm._set_for[2], steps=fm._recorder._steps, trouble=fm._recorder.trouble, place=place,
-                classes=[*fm._recorder._classes])
+                classes=[*fm._recorder._classes], said=fm._recorder._said, n_said=fm._recorder._n_said)
 
 def _set_fixmatch_state(fm, o):
     fm.policy.load_state_dict(o['policy'])
     if o['n_classes'] is not None: fm._set_for = fm._set_up(fm.policy, o['n_classes'])
     rec = fm._recorder
-    rec._rows,rec._steps,rec._fresh,rec.trouble,rec._classes = [],o['steps'].numpy(),False,o['trouble'],o.get('classes', [])
+    rec._rows,rec._steps,rec._fresh,rec.trouble = [],o['steps'].numpy(),False,o['trouble']
+    rec._classes,rec._said,rec._n_said = o.get('classes', []),o.get('said'),o.get('n_said', 0)
 
 # %% ../nbs/08_checkpoint.ipynb #17265886
 def _start_stream(fm, o):

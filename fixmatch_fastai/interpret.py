@@ -21,7 +21,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from .augment import to_plain_mode, uint8_tensor
-from .callback import FixMatch, finished, unpack
+from .callback import FixMatch, finished, from_border, unpack
 from .data import UnlabeledDL
 from .policy import SemiBatch
 from .record import SemiRecorder, _show
@@ -54,9 +54,10 @@ def _batches(learn, dl):
             if b is None: yield torch.zeros(0),None,torch.zeros(0, dtype=torch.long),errors
             else: yield b[0],b[1] if dl.knows_truth else None,b[2],errors
     else:
-        n = 0
+        n,shuffled = 0,isinstance(getattr(dl, 'sampler', None), torch.utils.data.RandomSampler)
         for weak,_,truth,idxs in map(unpack, dl):
-            yield weak,truth,torch.arange(n, n+len(weak)) if idxs is None else idxs.cpu(),{}
+            if idxs is None: idxs = torch.full((len(weak),), -1) if shuffled else torch.arange(n, n+len(weak))
+            yield weak,truth,idxs.cpu(),{}
             n += len(weak)
 
 # %% ../nbs/10_interpret.ipynb #f121c4ff
@@ -76,7 +77,7 @@ class PseudoLabelInterpretation:
         targets:Tensor, # Pseudo-labels, classes (N,)
         weights:Tensor, # How much each counts, float32 (N,) in 0 to 1
         truth:Tensor,   # Classes (N,), -1 where unknown; `None` where none is known
-        idxs:Tensor,    # Places in the pool (N,)
+        idxs:Tensor,    # Places in the pool (N,), -1 where the loader does not tell
         policy,         # What decided
         damaged:dict    # Errors of images that can't be opened, by place
     ):
@@ -155,11 +156,13 @@ def to_df(self:PseudoLabelInterpretation)->pd.DataFrame: # A row for each image 
 
 @patch
 def items(self:PseudoLabelInterpretation, rows=None)->list:
-    "Files of `rows`, default all; places in the pool where images are no files"
+    "Files of `rows`, default all; places in the pool where images are no files; `None` where the loader does not tell which image is which"
     pool,idxs = _items(self.dl),(self.idxs if rows is None else self.idxs[rows]).tolist()
-    if pool is None: return idxs
-    found = [pool.iloc[i] if hasattr(pool, 'iloc') else pool[i] for i in idxs]
-    return [o if isinstance(o, (str,Path)) else i for o,i in zip(found, idxs)]
+    def of(i):
+        if i < 0: return None
+        o = i if pool is None else pool.iloc[i] if hasattr(pool, 'iloc') else pool[i]
+        return o if isinstance(o, (str,Path)) else i
+    return [of(i) for i in idxs]
 
 # %% ../nbs/10_interpret.ipynb #92d80cfe
 @patch
@@ -174,7 +177,7 @@ def acceptance(self:PseudoLabelInterpretation)->pd.DataFrame: # A row for each c
     by = known.right.astype(bool).groupby(pd.Categorical(known.predicted, self.vocab), observed=False)
     return out.assign(known=by.size(), right=by.sum().astype(int))
 
-def _barh(ax, parts, names, most):
+def _barh(ax, parts, names):
     "Stacked horizontal bars: `(widths, colour, label)` each"
     left = np.zeros(len(names))
     for widths,color,label in parts:
@@ -195,7 +198,7 @@ def plot_acceptance(self:PseudoLabelInterpretation,
     ax = ax or plt.subplots(figsize=(6, 1.1+.26*len(df)), layout='constrained')[1]
     right,wrong = (df.right,df.known-df.right) if self.truth is not None else (0*df.counted,0*df.counted)
     _barh(ax, [(right.values, 'tab:green', 'counts, right'), (wrong.values, 'tab:red', 'counts, wrong'), ((df.counted-right-wrong).values, 'tab:blue', 'counts'),
-               ((df.images-df.counted).values, '0.85', 'does not count')], df.index, max_n)
+               ((df.images-df.counted).values, '0.85', 'does not count')], df.index)
     ax.set(xlabel='unlabelled images', ylabel='pseudo-label', title=f'{int(self.counted.sum()):,} of {len(self):,} pseudo-labels count')
     ax.legend(fontsize=8)
     return ax
@@ -291,8 +294,8 @@ def images(self:PseudoLabelInterpretation, rows)->list: # Tensors (channels, H, 
     if isinstance(self.dl, UnlabeledDL):
         views = self.dl.dataset.following(self.learn.dls)
         return [uint8_tensor(to_plain_mode(views.image(i))) for i in places]
-    ds,sampler = self.dl.dataset,getattr(self.dl, 'sampler', None)
-    if isinstance(sampler, torch.utils.data.RandomSampler): raise ValueError("This loader shuffles and does not tell which image is which: give `from_learner` one with `shuffle=False` to see pictures.")
+    if min(places, default=0) < 0: raise ValueError("This loader shuffles and does not tell which image is which: give `from_learner` one with `shuffle=False` to see pictures.")
+    ds = self.dl.dataset
     tfm = getattr(ds, 'transform', None)
     found = [o[0][0] if isinstance(o[0], (tuple,list)) else o[0] for o in (ds[i] for i in places)]
     return [o*tfm.std[:,None,None]+tfm.mean[:,None,None] if o.is_floating_point() and getattr(tfm, 'mean', None) is not None else o for o in found]
@@ -326,14 +329,8 @@ def plot_top_losses(self:PseudoLabelInterpretation,
     return self._grid(top, of, ncols, 'largest losses' + (' of those that count' if counted else ''))
 
 _sorts = dict(confident=('the most confident', lambda o: -o.confidence),
-              border=('nearest to the border of what counts', lambda o: (o.confidence-o._border()).abs()),
+              border=('nearest to the border of what counts', lambda o: from_border(o.confidence, o.counted)),
               uncertain=('the least certain', lambda o: -one_minus_margin(o.probs)))
-
-@patch
-def _border(self:PseudoLabelInterpretation):
-    "The confidence between what counts and what does not"
-    out,inside = self.confidence[~self.counted],self.confidence[self.counted]
-    return inside.min() if len(out) == 0 else out.max() if len(inside) == 0 else (inside.min()+out.max())/2
 
 @patch
 def plot_images(self:PseudoLabelInterpretation,

@@ -56,7 +56,7 @@ class SemiRecorder(Callback):
     "Adds `loss_x`, `loss_u`, `mask_rate` and, where the truth is known, `pseudo_acc` to the columns of a fit"
     # after Recorder (50) has written its own names and values, before TensorBoard (51), the progress bar and trackers (60) read them
     order = Recorder.order + 0.5
-    _stateattrs = ('_rows','_steps','trouble','_classes')
+    _stateattrs = ('_rows','_steps','trouble','_classes','_said','_n_said')
     _columns,_place,_rows,_steps,_values,_fresh,_from,trouble = (),None,(),np.zeros((0,9)),(),False,0,{}
     _classes,_said,_n_said = (),None,0 # by class: of past spans of steps, and of the present one
 

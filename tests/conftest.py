@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.vision.all import (
+    Callback,
     CategoryBlock,
     ConvLayer,
     DataBlock,
@@ -42,6 +43,25 @@ def tiny_net(n_out=10, norm=NormType.Batch, n_in=1):
 
 def no_bn(n_out=10):
     return tiny_net(n_out, norm=None)
+
+
+class Seen(Callback):
+    "Gradients of the first step, and how many images were in each pass"
+
+    order = 100
+
+    def __init__(self):
+        self.grads, self.passes = None, []
+
+    def before_fit(self):
+        self.hook = self.model.register_forward_pre_hook(lambda m, x: self.passes.append((len(x[0]), torch.is_grad_enabled())) if m.training else None)
+
+    def after_fit(self):
+        self.hook.remove()
+
+    def before_step(self):
+        if self.grads is None:
+            self.grads = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
 
 
 def quiet_fit(learn, *args, method='fit', **kwargs):

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from conftest import no_bn, quiet_fit, tiny_net
+from conftest import Seen, no_bn, quiet_fit, tiny_net
 from fastai.vision.all import (
     SGD,
     Callback,
@@ -67,25 +67,6 @@ def batches(n_steps=4, n_in=1, size=16, bs=4, mu=3):
     labeled = [(torch.randn(bs, n_in, size, size, generator=g), torch.randint(0, 10, (bs,), generator=g)) for _ in range(n_steps)]
     shape = bs * mu, n_in, size, size
     return labeled, Pool((torch.randn(shape, generator=g), torch.randn(shape, generator=g), torch.arange(bs * mu)) for _ in range(n_steps))
-
-
-class Seen(Callback):
-    "Gradients of the first step, and how many images were in each pass"
-
-    order = 100
-
-    def __init__(self):
-        self.grads, self.passes = None, []
-
-    def before_fit(self):
-        self.hook = self.model.register_forward_pre_hook(lambda m, x: self.passes.append((len(x[0]), torch.is_grad_enabled())) if m.training else None)
-
-    def after_fit(self):
-        self.hook.remove()
-
-    def before_step(self):
-        if self.grads is None:
-            self.grads = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
 
 
 def trained(forward, net, policy=None, data=None, n_epoch=1, cbs=(), **kwargs):

@@ -159,20 +159,14 @@ def test_damaged_images_are_left_out(trained, pool, tmp_path, num_workers):
     assert "3 images can't be opened" in repr(interp)
     assert set(interp.suggest_labels(10)['item']) <= set(pool[:50])
     with pytest.raises(ValueError, match='can be opened'):
-        look(trained, SimpleNamespaceLoader(trained, bad))
+        look(trained, NoBatches())
 
 
-class SimpleNamespaceLoader:
+class NoBatches:
     "A loader without batches"
-
-    def __init__(self, learn, files):
-        self.dataset = files
 
     def __iter__(self):
         return iter(())
-
-    def __len__(self):
-        return 0
 
 
 def test_torch_loaders(make_learner, tmp_path, pool):
@@ -187,8 +181,10 @@ def test_torch_loaders(make_learner, tmp_path, pool):
     assert len(interp) == 100 and interp.truth.tolist() == folder.targets and interp.to_df().item.tolist() == [o for o, _ in folder.samples]
     assert len(interp.plot_images('uncertain', 4).axes) == 4
     assert len(interp.suggest_labels(5)) == 5
+    mixed = look(learn, make(shuffle=True))
+    assert mixed.to_df().item.isna().all(), 'no file is named where it is not known'
     with pytest.raises(ValueError, match='shuffle=False'):
-        look(learn, make(shuffle=True)).plot_images()
+        mixed.plot_images()
 
 
 # --- what is made of it ------------------------------------------------------------------------------------------------------------------

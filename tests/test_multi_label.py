@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import no_bn, quiet_fit, tiny_net
+from conftest import Seen, no_bn, quiet_fit, tiny_net
 from fastai.vision.all import (
     BCEWithLogitsLossFlat,
     Callback,
@@ -247,25 +247,6 @@ def test_nothing_counts_no_gradient():
         torch.testing.assert_close(a, b)
 
 
-class Grab(Callback):
-    "Gradients of the first step, and the sizes of the passes"
-
-    order = 100
-
-    def __init__(self):
-        self.grads, self.passes = None, []
-
-    def before_fit(self):
-        self.hook = self.model.register_forward_pre_hook(lambda m, x: self.passes.append((len(x[0]), torch.is_grad_enabled())) if m.training else None)
-
-    def after_fit(self):
-        self.hook.remove()
-
-    def before_step(self):
-        if self.grads is None:
-            self.grads = [p.grad.clone() for p in self.model.parameters()]
-
-
 class OfSome(MultiLabelThreshold):
     "In the first three images one class counts, in the others none"
 
@@ -279,16 +260,16 @@ class OfSome(MultiLabelThreshold):
 @pytest.mark.parametrize('policy', [NEAR, OfSome], ids=['thresholds', 'few images'])
 def test_three_forwards_are_equal(policy):
     set_seed(0)
-    net, seen = no_bn(C), {}
+    net, found = no_bn(C), {}
     for forward in FORWARDS:
-        grab = Grab()
-        learn = learner(deepcopy(net), policy(), forward=forward, cbs=[grab])
+        seen = Seen()
+        learn = learner(deepcopy(net), policy(), forward=forward, cbs=[seen])
         quiet_fit(learn, 1, 0.1, wd=0)
-        seen[forward] = [*grab.grads, *learn.model.parameters()], learn.fix_match.history, grab.passes
-    tensors, history, passes = seen['joint']
+        found[forward] = [*seen.grads, *learn.model.parameters()], learn.fix_match.history, seen.passes
+    tensors, history, passes = found['joint']
     assert passes[0] == (20, True) and 0 < history.mask_rate[0] < 1 and history.loss_u[0] > 0
     for forward in FORWARDS[1:]:
-        others, its, passes = seen[forward]
+        others, its, passes = found[forward]
         for a, b in zip(tensors, others, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         for column in ('loss_x', 'loss_u', 'mask_rate'):

@@ -1,13 +1,15 @@
 "The pictures of a fit show what happened: by class, thresholds that move, which pairs are picked"
 
+import copy
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from conftest import quiet_fit
-from fastai.vision.all import set_seed
+from fastai.vision.all import Callback, set_seed
 
-from fixmatch_fastai.all import UDA, AdaMatch, Dash, FixedThreshold, FlexMatch, FreeMatch, PseudoLabels, SemiBatch, SoftMatch
+from fixmatch_fastai.all import UDA, AdaMatch, Dash, FixedThreshold, FlexMatch, FreeMatch, PseudoLabels, SaveFixMatch, SemiBatch, SoftMatch
 from fixmatch_fastai.record import SemiRecorder
 
 
@@ -92,6 +94,63 @@ def test_dash_asks_for_certainty_while_it_warms_up():
     policy = Dash(warmup=2)
     policy.setup(3, 50, None)
     assert policy.thresholds() == 1
+
+
+def test_spans_go_on_after_a_resume(make_learner, tmp_path):
+    "A span that an epoch ends in the midst of is neither lost nor counted twice"
+    spans = lambda learn: learn.fix_match._recorder.by_class
+    make = lambda: make_learner(cbs=[SaveFixMatch(resume=True)], path=tmp_path)
+    whole, first, second = make_learner(path=tmp_path / 'other'), make(), make()
+    for learn in (whole, first, second):
+        learn.fix_match._recorder._span = lambda: 2  # three steps an epoch
+    set_seed(1)
+    quiet_fit(whole, 4)
+
+    class Stop(Callback):
+        def before_epoch(self):
+            if self.epoch == 3:
+                raise KeyboardInterrupt
+
+    set_seed(1)
+    with pytest.raises(KeyboardInterrupt):
+        quiet_fit(first, 4, cbs=Stop())
+    quiet_fit(second, 4)
+    a, b = spans(whole), spans(second)
+    assert a['step'].tolist() == b['step'].tolist() == [2, 4, 6, 8, 10, 12]
+    np.testing.assert_array_equal(a['said'], b['said'])
+
+
+def test_a_copy_holds_no_counts(make_learner):
+    learn = make_learner()
+    learn.fix_match._recorder._span = lambda: 100
+    quiet_fit(learn, 1)
+    assert learn.fix_match._recorder._said is not None
+    assert copy.deepcopy(SemiRecorder())._said is None and '_said' in SemiRecorder._stateattrs
+
+
+def test_a_policy_must_answer_in_pictures_too(make_learner):
+    class Wrong(FixedThreshold):
+        def forward(self, batch):
+            return super().forward(batch).targets
+
+    learn = make_learner(fixmatch={'threshold': 0.95, 'policy': Wrong()})
+    with pytest.raises(TypeError, match=r'Wrong must return `PseudoLabels\(targets, weights\)`'):
+        learn.fix_match.show_pseudo_labels()
+    with pytest.raises(TypeError, match='Wrong must return'):
+        quiet_fit(learn, 1)
+
+
+def test_a_bool_may_say_what_counts(make_learner):
+    class Bools(FixedThreshold):
+        def forward(self, batch):
+            targets, weights = super().forward(batch)
+            return targets, weights > 0
+
+    a, b = (make_learner(fixmatch={'threshold': 0.95, 'policy': cls(0.2)}) for cls in (FixedThreshold, Bools))
+    for learn in (a, b):
+        set_seed(1)
+        quiet_fit(learn, 1)
+    assert a.fix_match.history.equals(b.fix_match.history)
 
 
 def shown(fig):
