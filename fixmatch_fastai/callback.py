@@ -405,7 +405,7 @@ def plot(self:FixMatch,
     figsize=None     # Of the figure, in inches; default: 9 wide
 ):
     "Plot losses, how many pseudo-labels count and are right, how many of each class, and thresholds that move, over the steps of the last fit"
-    return plot_steps(self.history, smooth, figsize, self._recorder.by_class, getattr(self.dls, 'vocab', None))
+    return plot_steps(self.history, smooth, figsize, self._recorder.by_class, self._recorder.vocab)
 
 # %% ../nbs/04_callback.ipynb #4b424912
 @contextmanager
@@ -424,6 +424,7 @@ def peek(self:FixMatch,
 )->tuple: # `(SemiBatch, truth, weak, strong)`: `truth` (M,), of several labels (M, C), is `None` where the loader knows none; the views are as loaded
     "One fresh batch as a policy would see it in training, but with the model in eval mode; nothing is trained or remembered"
     if self._unlabeled_dl is None: raise ValueError("This learner was loaded without its unlabelled images: there are none to look at.")
+    if self.learn is None: raise ValueError("FixMatch has no learner, as it was given to a fit that is over: give it to the Learner, with `learn.add_cb(...)`, to look at pseudo-labels.")
     stream = endless(self._unlabeled_dl, self.learn.dls, alone=True)
     weak,strong,truth,idxs = (o if o is None else o[:n] for o in unpack(next(stream)))
     stream.close()

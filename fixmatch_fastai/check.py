@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Finding', 'Preflight', 'fixmatch_check', 'quick_check']
 
-# %% ../nbs/09_check.ipynb #586c9897
-import hashlib,itertools,random,textwrap,time,warnings
+# %% ../nbs/09_check.ipynb #71d65708
+import hashlib,itertools,os,random,textwrap,time,warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
@@ -474,7 +474,7 @@ def _check_speed(fm, m, load_s, x_s, step_s, device, n_epoch):
     who = 'they take turns' if workers == 0 else 'the model waits' if load_s > step_s else 'the loader waits'
     slow = load_s > (.5 if workers == 0 else 1.1)*step_s
     findings = [_judged('speed', f'{m/load_s:,.0f} unlabelled images/s from the loader with {workers} workers, {m/step_s:,.0f} through the model: {who}',
-        (slow and workers == 0, 'note', "Let workers prepare images while the model trains: `dls.unlabeled_dl(files, num_workers=4)`."),
+        (slow and workers == 0, 'note', f"Let workers prepare images while the model trains: `dls.unlabeled_dl(files, num_workers={os.cpu_count() or 1})`."),
         (slow, 'note', "Use more workers, or store the images at the size that they are resized to."))]
     if not steps: return findings
     s = n_epoch*steps*((load_s+step_s if workers == 0 else max(load_s, step_s)) + x_s*(_workers(fm.dls.train) == 0))

@@ -20,6 +20,7 @@ from fastai.data.transforms import EncodedMultiCategorize, MultiCategorize
 from fastai.torch_basics import L, TensorImage, Transform, compose_tfms, patch, show_image, to_device
 from fastai.vision.core import PILBase, ToTensor
 from fastai.vision.data import get_grid
+from fastcore.xtras import truncstr
 from PIL import Image
 
 from .augment import FixMatchTransform, to_plain_mode, uint8_tensor, weak_augment
@@ -450,12 +451,14 @@ def show_batch(self:UnlabeledDL,
         if self.dataset.in_batches: b = _on_device(self.dataset.tfm, b, self.device)
     (weak,strong),y = (b[0],b[1]) if isinstance(b[0], (tuple,list)) else (b[:2],None)
     n = min(max_n, len(weak))
-    axs = get_grid(2*n, nrows=2, ncols=n, figsize=figsize or (1.3*n,3))
+    axs = get_grid(2*n, nrows=2, ncols=n, figsize=figsize or (1.3*n,2.9), layout='constrained')
     vocab = {i: o for o,i in self.dataset.o2i.items()}
     for j in range(n):
         title = '' if y is None else str(vocab.get(int(y[j]), '?')) if y.ndim == 1 else ', '.join(str(vocab[k]) for k,o in enumerate(y[j]) if o > 0)
-        show_image(_displayable(weak[j], self.dataset.tfm), ctx=axs[j], title=title, **{'cmap': 'gray', **kwargs})
+        show_image(_displayable(weak[j], self.dataset.tfm), ctx=axs[j], **{'cmap': 'gray', **kwargs})
+        axs[j].set_title(truncstr(title, 15, suf='…'), fontsize=9, parse_math=False) # what fits above an image
         show_image(_displayable(strong[j], self.dataset.tfm), ctx=axs[n+j], **{'cmap': 'gray', **kwargs})
     for ax,name in ((axs[0],'weak'), (axs[n],'strong')):
         ax.axis('on')
+        ax.spines[:].set_visible(False)
         ax.set(xticks=[], yticks=[], ylabel=name)

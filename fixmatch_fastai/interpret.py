@@ -17,6 +17,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.torch_basics import Path, Tensor, nn, patch, to_device
+from fastcore.xtras import truncstr
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
@@ -24,7 +25,7 @@ from .augment import to_plain_mode, uint8_tensor
 from .callback import FixMatch, finished, from_border, unpack
 from .data import UnlabeledDL
 from .policy import SemiBatch
-from .record import SemiRecorder, _show
+from .record import SemiRecorder, _fitted, _legend_below, _show
 from .uncertainty import _as, _evaluate, one_minus_margin, penultimate
 
 # %% ../nbs/10_interpret.ipynb #17497cde
@@ -200,7 +201,7 @@ def plot_acceptance(self:PseudoLabelInterpretation,
     _barh(ax, [(right.values, 'tab:green', 'counts, right'), (wrong.values, 'tab:red', 'counts, wrong'), ((df.counted-right-wrong).values, 'tab:blue', 'counts'),
                ((df.images-df.counted).values, '0.85', 'does not count')], df.index)
     ax.set(xlabel='unlabelled images', ylabel='pseudo-label', title=f'{int(self.counted.sum()):,} of {len(self):,} pseudo-labels count')
-    ax.legend(fontsize=8)
+    _legend_below(ax, 4)
     return ax
 
 # %% ../nbs/10_interpret.ipynb #a2d5e215
@@ -227,11 +228,13 @@ def plot_confusion_matrix(self:PseudoLabelInterpretation,
     cm = self.confusion_matrix(counted)
     shown = cm/np.maximum(cm.sum(1, keepdims=True), 1) if normalize else cm
     n = len(cm)
-    ax = plt.subplots(figsize=figsize or (min(.42*n+1.6, 12),)*2, layout='constrained')[1]
+    names = [truncstr(str(o), 30, suf='…') for o in self.vocab]
+    side = min(.42*n+1.6, 12)+.075*max(0, max(map(len, names))-4) # beside the names the matrix keeps its size
+    ax = plt.subplots(figsize=figsize or (side,side), layout='constrained')[1]
     ax.imshow(shown, cmap=cmap)
     ax.set(xticks=range(n), yticks=range(n), xlabel='pseudo-label', ylabel='truth', title=title or ('pseudo-labels that count' if counted else 'all pseudo-labels'))
-    ax.set_xticklabels(self.vocab, rotation=90 if max(map(len, self.vocab)) > 2 else 0, parse_math=False)
-    ax.set_yticklabels(self.vocab, parse_math=False)
+    ax.set_xticklabels(names, rotation=90 if max(map(len, names)) > 2 else 0, parse_math=False)
+    ax.set_yticklabels(names, parse_math=False)
     if plot_txt:
         for i,j in itertools.product(range(n), range(n)):
             if cm[i,j]: ax.text(j, i, f'{shown[i,j]:.{norm_dec}f}' if normalize else f'{cm[i,j]}', ha='center', va='center', fontsize=8, color='w' if shown[i,j] > shown.max()/2 else 'k')
@@ -280,9 +283,9 @@ def plot_calibration(self:PseudoLabelInterpretation,
     threshold = getattr(self.policy, 'threshold', None)
     if isinstance(threshold, (int,float)):
         for a in (ax,below): a.axvline(threshold, color='tab:red', lw=1, label=f'threshold {threshold:g}')
-    ax.set(ylabel='accuracy', ylim=(-.02,1.02), title=f'expected calibration error {self.calibration_error(n_bins):.3f}')
+    ax.set(ylabel='accuracy', ylim=(-.03,1.03), title=f'expected calibration error {self.calibration_error(n_bins):.3f}')
     below.set(xlabel='confidence', ylabel='images', xlim=(0,1))
-    ax.legend(fontsize=8, loc='upper left')
+    _legend_below(below, 3, handles=ax.get_legend_handles_labels()[0])
     ax.grid(alpha=.3)
     return ax
 
@@ -304,13 +307,14 @@ def images(self:PseudoLabelInterpretation, rows)->list: # Tensors (channels, H, 
 def _grid(self:PseudoLabelInterpretation, rows, title, ncols, suptitle):
     rows = torch.as_tensor(rows, dtype=torch.long)
     if len(rows) == 0: raise ValueError("There is no such image.")
-    ncols = min(ncols, len(rows))
-    fig,axs = plt.subplots(-(-len(rows)//ncols), ncols, figsize=(1.35*ncols, .35+1.75*(-(-len(rows)//ncols))), squeeze=False, layout='constrained')
+    titles,ncols,width,above = _fitted([*map(title, rows.tolist())], ncols, 1.35, 8)
+    nrows = -(-len(rows)//ncols)
+    fig,axs = plt.subplots(nrows, ncols, figsize=(max(width*ncols, 2.5), .35+(width+above+.12)*nrows), squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
-    for ax,r,img in zip(axs.flat, rows.tolist(), self.images(rows)):
+    for ax,r,said,img in zip(axs.flat, rows.tolist(), titles, self.images(rows)):
         _show(ax, img)
         wrong = bool(self.known[r] and not self.right[r])
-        ax.set_title(title(r), fontsize=8, parse_math=False, color='0.5' if not self.counted[r] else 'tab:red' if wrong else 'tab:green')
+        ax.set_title(said, fontsize=8, parse_math=False, color='0.5' if not self.counted[r] else 'tab:red' if wrong else 'tab:green')
     fig.suptitle(suptitle, fontsize=10)
     return fig
 
@@ -404,14 +408,16 @@ def plot_to_label(
 )->plt.Figure:
     "Show the images to label, numbered by row, with what is thought of them"
     df = df.head(max_n)
-    ncols = min(ncols, len(df))
+    if len(df) == 0: raise ValueError("There is no image to show: the table is empty.")
+    if not all(isinstance(o, (str,Path)) for o in df['item']): raise TypeError("Only images that are files can be shown here.")
+    titles = [f"{i}: {row['predicted']}\nor {row['second']}?" if 'second' in row else str(i) for i,row in df.iterrows()]
+    titles,ncols,width,above = _fitted(titles, ncols, 1.35, 8)
     nrows = -(-len(df)//ncols)
-    fig,axs = plt.subplots(nrows, ncols, figsize=(1.35*ncols, 1.75*nrows), squeeze=False, layout='constrained')
+    fig,axs = plt.subplots(nrows, ncols, figsize=(width*ncols, (width+above+.12)*nrows), squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
-    for ax,(i,row) in zip(axs.flat, df.iterrows()):
-        if not isinstance(row['item'], (str,Path)): raise TypeError("Only images that are files can be shown here.")
-        _show(ax, uint8_tensor(to_plain_mode(Image.open(row['item']))))
-        ax.set_title(f'{i}' + (f": {row['predicted']} or {row['second']}?" if 'second' in row else ''), fontsize=8, parse_math=False)
+    for ax,said,item in zip(axs.flat, titles, df['item']):
+        _show(ax, uint8_tensor(to_plain_mode(Image.open(item))))
+        ax.set_title(said, fontsize=8, parse_math=False)
     return fig
 
 # %% ../nbs/10_interpret.ipynb #070b8016

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Recorder
+from fastcore.xtras import truncstr
+from matplotlib.transforms import offset_copy
 
 from .policy import PseudoLabels
 
@@ -59,6 +61,7 @@ class SemiRecorder(Callback):
     _stateattrs = ('_rows','_steps','trouble','_classes','_said','_n_said')
     _columns,_place,_rows,_steps,_values,_fresh,_from,trouble = (),None,(),np.zeros((0,9)),(),False,0,{}
     _classes,_said,_n_said = (),None,0 # by class: of past spans of steps, and of the present one
+    _before_lr_find = vocab = None
 
     def start(self,
         columns=None # Those to show, of `loss_x`, `loss_u`, `mask_rate`, `pseudo_acc`; default: as before, or the first three
@@ -67,12 +70,20 @@ class SemiRecorder(Callback):
         self._columns,self._fresh = tuple(columns or self._columns or ('loss_x','loss_u','mask_rate')),True
 
     def before_fit(self):
+        self.vocab = getattr(self.dls, 'vocab', None) # pictures may be asked for when there is no learner any more
+        self._put_back() # what an interrupted `lr_find` left
+        if hasattr(self.learn, 'lr_finder'): self._before_lr_find = {k: getattr(self, k) for k in self._stateattrs}
         names = self.learn.recorder.metric_names
         self._place = None
         place = len(names) - (names[-1] == 'time')
         names[place:place] = list(self._columns) # in `validate` and `get_preds` too, as trackers given to the Learner look for what they monitor
         # but there are no values where nothing is trained, which the progress bar tells that fastai takes away
         if self.create_mbar: self._place = place
+
+    def _put_back(self):
+        if self._before_lr_find is not None: vars(self).update(self._before_lr_find, _before_lr_find=None)
+
+    def after_fit(self): self._put_back()
 
     def add(self,
         loss_x,              # Labelled loss, a scalar tensor
@@ -133,6 +144,7 @@ class SemiRecorder(Callback):
         total = self.n_epoch*len(self.dls.train) if hasattr(self.dls.train, '__len__') else 10*_every
         window = max(20, min(total, max(_every, total//10)))
         not_finite,*others = map(float, _troubles(self._steps, window))
+        if total < _every and getattr(getattr(self.learn, 'opt', None), 'frozen_idx', 0) > 0: others[0] = 0. # `fine_tune` begins with few steps of the head alone, which may well not be sure yet
         # every process has to come to the same end: trouble is one process's loss, or what all of them see
         found = self._together([-not_finite, *others], dist.ReduceOp.MIN if dist.is_available() else None)
         for kind,is_so in zip(_warnings, found):
@@ -201,7 +213,12 @@ class StopOnTrouble(Callback):
 
 StopOnTrouble.after_train = StopOnTrouble.after_batch
 
-# %% ../nbs/05_record.ipynb #e9780a55
+# %% ../nbs/05_record.ipynb #22977f80
+def _legend_below(ax, ncols=2, **kwargs):
+    "Where it hides no line"
+    below = offset_copy(ax.transAxes, fig=ax.figure, y=-(34 if ax.get_xlabel() else 20), units='points')
+    ax.legend(fontsize=8, ncols=ncols, frameon=False, loc='upper center', bbox_to_anchor=(.5,0), bbox_transform=below, columnspacing=1.2, handlelength=1.5, **kwargs)
+
 def plot_steps(
     history:pd.DataFrame, # `SemiRecorder.history`
     smooth:int=None,      # Steps in the running mean; default: a twentieth of all
@@ -216,19 +233,21 @@ def plot_steps(
     moves = bool(by_class) and 'threshold' in by_class and np.ptp(by_class['threshold']) > 0
     _,axs = plt.subplot_mosaic([['losses','counts'], ['classes','thresholds' if moves else 'classes']][:rows], figsize=figsize or (9,3*rows), layout='constrained')
     axs = np.array([*axs.values()])
-    labels = dict(loss_x='labelled, loss_x', loss_u='unlabelled, loss_u', mask_rate='pseudo-labels that count, mask_rate', pseudo_acc='of these right, pseudo_acc')
+    labels = dict(loss_x='labelled, loss_x', loss_u='unlabelled, loss_u', mask_rate='count, mask_rate', pseudo_acc='right of these, pseudo_acc')
     for ax,cols in ((axs[0],['loss_x','loss_u']), (axs[1],['mask_rate','pseudo_acc'])):
         for i,c in enumerate(o for o in cols if history[o].notna().any()):
             ax.plot(history.index, history[c], color=f'C{i}', alpha=.25, lw=.8)
             ax.plot(history.index, history[c].rolling(smooth, min_periods=1).mean(), color=f'C{i}', label=labels[c])
         ax.set_xlabel('step')
-        ax.legend(fontsize=8)
+        _legend_below(ax)
         ax.grid(alpha=.3)
     axs[0].set(title='losses', ylabel='cross-entropy, nats', ylim=(0,None))
-    axs[1].set(title='pseudo-labels', ylabel='share', ylim=(-.02,1.02))
+    axs[1].set(title='pseudo-labels', ylabel='share', ylim=(-.03,1.03))
     if by_class: _plot_classes(axs[2], by_class, vocab)
-    if moves: _plot_thresholds(axs[3], by_class)
+    if moves: _plot_thresholds(axs[3], by_class, vocab)
     return axs
+
+def _names(vocab, n): return [truncstr(str(i), 14, suf='…') for i in (range(n) if vocab is None else vocab)]
 
 def _plot_classes(ax, o, vocab):
     "How many pseudo-labels of each class count, as colours; where a class is never said there is none"
@@ -237,29 +256,41 @@ def _plot_classes(ax, o, vocab):
     mesh = ax.pcolormesh(edges, np.arange(n+1)-.5, np.ma.masked_invalid(o['share'].T), vmin=0, vmax=1, cmap='viridis')
     ax.set(title='pseudo-labels of each class that count', xlabel='step', ylabel='pseudo-label', ylim=(n-.5,-.5))
     ax.set_facecolor('.9')
-    if n <= 20: ax.set_yticks(range(n), [str(i) for i in (range(n) if vocab is None else vocab)])
+    if n <= 20: ax.set_yticks(range(n), _names(vocab, n))
     plt.colorbar(mesh, ax=ax, label='share')
 
-def _plot_thresholds(ax, o):
+def _plot_thresholds(ax, o, vocab):
     "The thresholds: a line each for a few classes, else the band they lie in"
     steps,needed = o['step'],o['threshold']
+    ax.set_xlabel('step')
     if np.ptp(needed, axis=1).max() == 0: ax.plot(steps, needed[:,0])
-    elif needed.shape[1] <= 10: ax.plot(steps, needed, lw=1)
+    elif needed.shape[1] <= 10:
+        names = _names(vocab, needed.shape[1])
+        for name,line in zip(names, needed.T): ax.plot(steps, line, lw=1, label=name)
+        _legend_below(ax, max(2, min(5, 36//(max(map(len, names))+4)))) # as many as go beside each other
     else:
         ax.fill_between(steps, needed.min(1), needed.max(1), alpha=.3, label='lowest to highest')
         ax.plot(steps, needed.mean(1), label='mean over classes')
-        ax.legend(fontsize=8)
-    ax.set(title='confidence from which they count', xlabel='step', ylabel='threshold', ylim=(-.02,1.02))
+        _legend_below(ax)
+    ax.set(title='confidence from which they count', ylabel='threshold', ylim=(-.03,1.03))
     ax.grid(alpha=.3)
 
-# %% ../nbs/05_record.ipynb #11834acf
+# %% ../nbs/05_record.ipynb #21b75f65
 def _show(ax, img):
+    "Draw (channels, H, W)"
     img = img.detach().cpu().float()
     if img.min() < 0: img = (img-img.min())/(img.max()-img.min()) # normalised by we don't know what
     elif img.max() > 1.01: img = img/255
     img = img.clamp(0,1)
     ax.imshow(img.permute(1,2,0).squeeze(-1) if img.shape[0] in (1,3) else img[0], cmap='gray', vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
+
+def _fitted(titles, ncols, least, size):
+    "`(titles, columns, width of one, height of a title)`, in inches: columns grow with long names up to twice `least`, where there are then fewer; what is longer still is cut"
+    lines,letter = [t.split('\n') for t in titles],.62*size/72
+    width = min(max(least, letter*(max(len(o) for t in lines for o in t)+2)), 2*least)
+    fit = int(width/letter)-1
+    return ['\n'.join(truncstr(o, fit, suf='…') for o in t) for t in lines],max(1, min(len(titles), int(ncols*least/width))),width,1.35*size/72*max(map(len, lines))
 
 def plot_pseudo_labels(
     weak,         # Weak views (n, channels, H, W), uint8 or float
@@ -268,19 +299,20 @@ def plot_pseudo_labels(
     confidences,  # How sure it is, 0 to 1, or of how many of the classes
     weights,      # How much each counts, 0 to 1
     truths=None,  # The true classes as text, `None` where unknown
-    ncols:int=8,  # Pairs in a row
+    ncols:int=8,  # Pairs in a row at most; fewer, where names are long
 )->plt.Figure:
     "Draw weak views, titled with pseudo-label and confidence, above the strong views that must learn them"
     n = len(weak)
-    ncols = min(ncols, n)
+    wrong = [truths is not None and truths[i] is not None and truths[i] != labels[i] for i in range(n)]
+    between = '  ' if max(map(len, labels)) <= 8 else '\n'
+    titles = [f'{labels[i]}{between}{int(100*confidences[i])/100:.2f}' + (f'\n(is {truths[i]})' if wrong[i] else '') for i in range(n)]
+    titles,ncols,width,above = _fitted(titles, ncols, 1.25, 9)
     nrows = -(-n//ncols)
-    fig,axs = plt.subplots(2*nrows, ncols, figsize=(1.25*ncols, 2.9*nrows), squeeze=False, layout='constrained')
+    fig,axs = plt.subplots(2*nrows, ncols, figsize=(max(width*ncols, 1.8), (2*width+above+.2)*nrows), squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for i in range(n):
         top,bottom = axs[2*(i//ncols), i%ncols],axs[2*(i//ncols)+1, i%ncols]
-        wrong = truths is not None and truths[i] is not None and truths[i] != labels[i]
-        top.set_title(f'{labels[i]}  {int(100*confidences[i])/100:.2f}' + (f'\n(is {truths[i]})' if wrong else ''), fontsize=9, parse_math=False,
-                      color='0.55' if weights[i] == 0 else 'tab:red' if wrong else 'tab:green')
+        top.set_title(titles[i], fontsize=9, parse_math=False, color='0.55' if weights[i] == 0 else 'tab:red' if wrong[i] else 'tab:green')
         for ax,view in ((top,weak[i]), (bottom,strong[i])):
             ax.axis('on')
             _show(ax, view)

@@ -239,7 +239,7 @@ def test_calibration_against_a_loop():
             error += inside.sum() / known.sum() * abs(right[inside].mean() - conf[inside].mean())
     assert interp.calibration_error() == pytest.approx(error, abs=1e-6)
     ax = interp.plot_calibration()
-    assert f'{error:.3f}' in ax.get_title() and 'threshold 0.9' in [o.get_text() for o in ax.get_legend().get_texts()]
+    assert f'{error:.3f}' in ax.get_title() and 'threshold 0.9' in [o.get_text() for o in ax.figure.axes[1].get_legend().get_texts()]
 
 
 def test_largest_losses_first(trained):

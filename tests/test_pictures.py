@@ -1,15 +1,31 @@
 "The pictures of a fit show what happened: by class, thresholds that move, which pairs are picked"
 
 import copy
+import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import quiet_fit
-from fastai.vision.all import Callback, set_seed
+from conftest import quiet_fit, tiny_net
+from fastai.vision.all import Callback, CategoryBlock, DataBlock, ImageBlock, IndexSplitter, Learner, PILImageBW, accuracy, parent_label, set_seed
 
-from fixmatch_fastai.all import UDA, AdaMatch, Dash, FixedThreshold, FlexMatch, FreeMatch, PseudoLabels, SaveFixMatch, SemiBatch, SoftMatch
+from fixmatch_fastai.all import (
+    UDA,
+    AdaMatch,
+    Dash,
+    FixedThreshold,
+    FixMatch,
+    FlexMatch,
+    FreeMatch,
+    PseudoLabelInterpretation,
+    PseudoLabels,
+    SaveFixMatch,
+    SemiBatch,
+    SoftMatch,
+    plot_to_label,
+    split_labeled,
+)
 from fixmatch_fastai.record import SemiRecorder
 
 
@@ -184,3 +200,118 @@ def test_most_disagreement_first(make_learner):
     set_seed(3)
     expected = batch.probs.max(1).values[losses.argsort(descending=True)[:4]]
     assert shown(fm.show_pseudo_labels(4, which='disagree')) == [int(100 * o) / 100 for o in expected.tolist()]
+
+
+# --- long names --------------------------------------------------------------------------------------------------------------------------
+
+NAMES = ['great_crested_grebe_male', 'n02099601_golden_retriever', 'horse', 'frog', 'automobile', 'airplane', 'deer', 'ship', 'truck', 'cat']
+
+
+def named(o):
+    return NAMES[int(parent_label(o))]
+
+
+@pytest.fixture
+def long_names(digits, pool, tmp_path):
+    "A learner whose classes have names as in ImageNet"
+    labeled, rest = split_labeled(digits, parent_label, 20, seed=0)
+    items = labeled + rest[:20]
+    set_seed(0)
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock(vocab=NAMES)), get_y=named, splitter=IndexSplitter(range(20, 40)))
+    dls = block.dataloaders(items, bs=4, num_workers=0).repeat_train(6)
+    learn = Learner(
+        dls, tiny_net(), metrics=accuracy, path=tmp_path, cbs=FixMatch(dls.unlabeled_dl(pool, mu=2, num_workers=0, label_func=named), policy=FlexMatch())
+    )
+    quiet_fit(learn, 2, 1e-2)
+    return learn
+
+
+def assert_legible(fig):
+    "No title runs into another or out of the picture, and no legend lies on what is drawn"
+    fig.canvas.draw()
+    whole, boxes = fig.bbox, [ax.title.get_window_extent() for ax in fig.axes if ax.get_title()]
+    for i, a in enumerate(boxes):
+        assert a.x0 >= whole.x0 - 1 and a.x1 <= whole.x1 + 1
+        assert not any(a.shrunk(0.98, 0.9).overlaps(b.shrunk(0.98, 0.9)) for b in boxes[:i])
+    for ax in fig.axes:
+        if ax.get_legend() is not None:
+            legend = ax.get_legend().get_window_extent()
+            assert not any(legend.overlaps(o.get_window_extent()) for o in fig.axes)
+            assert legend.x0 >= whole.x0 - 1 and legend.x1 <= whole.x1 + 1
+    plt.close(fig)
+
+
+def test_long_names_are_legible(long_names):
+    fm, interp = long_names.fix_match, PseudoLabelInterpretation.from_learner(long_names)
+    fm._unlabeled_dl.show_batch()
+    assert_legible(plt.gcf())
+    assert_legible(fm.plot()[0].figure)
+    assert_legible(fm.show_pseudo_labels(8))
+    assert_legible(fm.show_pseudo_labels(1))
+    assert_legible(interp.plot_top_losses(8, counted=False))
+    assert_legible(interp.plot_images('uncertain', 5))
+    assert_legible(interp.plot_acceptance().figure)
+    assert_legible(interp.plot_calibration().figure)
+    fig = plot_to_label(interp.suggest_labels(10))
+    assert [ax.get_title().split(':')[0] for ax in fig.axes if ax.get_title()] == [str(i) for i in range(10)]
+    assert_legible(fig)
+
+
+def test_the_confusion_matrix_keeps_its_size(long_names):
+    interp = PseudoLabelInterpretation.from_learner(long_names)
+    sizes = []
+    for names in (NAMES, [o[:3] for o in NAMES]):
+        interp.learn.dls.vocab[:] = names
+        ax = interp.plot_confusion_matrix(counted=False)
+        ax.figure.canvas.draw()
+        sizes.append(ax.get_window_extent().width)
+        plt.close(ax.figure)
+    assert sizes[0] > 0.8 * sizes[1]
+
+
+# --- which fit -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_lr_find_leaves_the_history(make_learner):
+    learn = make_learner(fixmatch=dict(policy=FlexMatch(), threshold=0.95))
+    quiet_fit(learn, 2)
+    before, spans = learn.fix_match.history, learn.fix_match._recorder.by_class['step'].tolist()
+    quiet_fit(learn, method='lr_find', num_it=8, show_plot=False)
+    assert learn.fix_match.history.equals(before) and learn.fix_match._recorder.by_class['step'].tolist() == spans
+
+    class Stop(Callback):
+        def after_step(self):
+            if self.train_iter == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), learn.added_cbs(Stop()):
+        quiet_fit(learn, method='lr_find', num_it=8, show_plot=False)
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, Stop) or type(cb).__name__ == 'LRFinder'])
+    learn.validate()
+    assert learn.fix_match.history.equals(before)
+    quiet_fit(learn, 1)
+    assert len(learn.fix_match.history) == 3
+
+
+def test_a_fit_of_its_own_can_be_plotted(make_learner):
+    learn = make_learner()
+    fm = learn.fix_match
+    learn.remove_cb(fm)
+    quiet_fit(learn, 2, cbs=fm)
+    assert len(fm.plot()) > 1 and len(fm.history) == 6
+    with pytest.raises(ValueError, match='give it to the Learner'):
+        fm.show_pseudo_labels()
+
+
+def test_a_head_that_trains_alone_is_not_told_to_be_unsure(make_dls, pool, tmp_path):
+    dls = make_dls(n_batches=20)
+    fm = FixMatch(dls.unlabeled_dl(pool, mu=1, num_workers=0), threshold=1.0, T=4.0)
+    learn = Learner(dls, tiny_net(), metrics=accuracy, path=tmp_path, cbs=fm, splitter=lambda m: [list(m[0].parameters()), list(m[1:].parameters())])
+    learn.freeze()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        quiet_fit(learn, 1)
+    assert not fm.trouble
+    learn.unfreeze()
+    with pytest.warns(UserWarning, match='No pseudo-label has counted for 20 steps'):
+        quiet_fit(learn, 1)
