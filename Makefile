@@ -7,7 +7,7 @@ LONG := ^(when_it_does_not_help|own_policy|cifar10)\.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint check links wheel notebooks nightly unit test-compat matrix bench bench-policies outputs docs pages readme export format clean
+.PHONY: help demo test lint check links wheel notebooks nightly unit test-compat matrix bench bench-policies bench-self-training outputs docs pages readme export format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,9 @@ bench: $(READY) ## Measure views, steps, memory and growth (15 minutes on one co
 
 bench-policies: $(READY) ## Measure every policy (an hour on two cores); options in ARGS, as in ARGS="--images cifar10/train --labels 250"
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/policies.py $(ARGS)
+
+bench-self-training: $(READY) ## Measure self-training beside FixMatch (an hour on two cores); options in ARGS, as in ARGS="--only 'Noisy Student'"
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/self_training.py $(ARGS)
 
 outputs: $(READY) ## Run all notebooks in Jupyter and save what they show
 	@OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace $$(find nbs -name '*.ipynb' -not -path '*/.*')

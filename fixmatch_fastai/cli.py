@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CommandError', 'run_command', 'console', 'Setup', 'Training', 'wilson', 'paired_difference', 'fixmatch_train',
-           'predictions', 'fixmatch_predict', 'check_command', 'small_cnn', 'Comparison', 'main']
+           'fixmatch_predict', 'check_command', 'small_cnn', 'Comparison', 'main']
 
-# %% ../nbs/13_cli.ipynb #a58bed45
-import argparse,base64,csv,difflib,html,inspect,io,json,os,platform,random,sys,time,warnings
+# %% ../nbs/13_cli.ipynb #4c31e059
+import argparse,base64,csv,difflib,html,inspect,io,itertools,json,os,platform,random,re,sys,warnings
 from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
@@ -27,7 +27,7 @@ from fastai.data.transforms import IndexSplitter, Normalize, get_image_files, pa
 from fastai.layers import ConvLayer
 from fastai.learner import Recorder, load_learner
 from fastai.metrics import accuracy
-from fastai.torch_basics import L, compose_tfms, default_device, nn, patch, set_seed, to_device
+from fastai.torch_basics import L, default_device, nn, patch, set_seed
 from fastai.vision import models
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW, imagenet_stats
@@ -39,14 +39,14 @@ from PIL import Image
 
 from . import __version__
 from .augment import FixMatchBatchTransform, FixMatchTransform, weak_augment
-from .callback import FixMatch, finished
+from .callback import FixMatch
 from .check import Preflight, fixmatch_check
 from .checkpoint import SaveFixMatch, _replacing
 from .data import WeakTransform, digits_path, split_labeled
 from .ema import ModelEMA
 from .interpret import PseudoLabelInterpretation
 from .policy import UDA, AdaMatch, Dash, DebiasMatch, FixedThreshold, FlexMatch, FreeMatch, SoftMatch
-from .uncertainty import _evaluate
+from .self_training import compare_supervised, predictions
 
 # %% ../nbs/13_cli.ipynb #e7844127
 class CommandError(ValueError):
@@ -71,8 +71,15 @@ def _options(func, others, example):
             if name not in ('self','kwargs','opts'): _add_option(parser, name, o.anno, o.default, o.docment)
     return parser
 
-# %% ../nbs/13_cli.ipynb #67428fff
+# %% ../nbs/13_cli.ipynb #11e0fc00
 def _tell(*said): print(*said, file=sys.stderr, flush=True)
+
+_of_python = [(r': `(learn\.fix_match\.)?damaged`[^:.]* lists? them', ''), (r'; `overlap` of this report lists them', ''), (r'`dls\.unlabeled_dl\(files, num_workers=\d+\)`', '--workers'), (r'`threshold`, a policy that adapts it \(`FreeMatch\(\)`, `FlexMatch\(\)`\)', '--threshold, --policy freematch or flexmatch')]
+
+def _in_options(text):
+    "Advice for Python, in words of the command line"
+    for phrase,said in _of_python: text = re.sub(phrase, said, text)
+    return text
 
 @contextmanager
 def _notes():
@@ -81,7 +88,7 @@ def _notes():
         for o in (FutureWarning,DeprecationWarning,PendingDeprecationWarning): warnings.simplefilter('ignore', o)
         warnings.filterwarnings('ignore', message='.*insecure pickle module') # said in `--help`
         warnings.filterwarnings('ignore', message='.*pin_memory')
-        warnings.showwarning = lambda message, *args, **kwargs: _tell(f'note: {message}')
+        warnings.showwarning = lambda message, *args, **kwargs: _tell(f'note: {_in_options(str(message))}')
         yield
 
 def run_command(
@@ -89,7 +96,8 @@ def run_command(
     argv=None # Arguments as text; default: the command line's
 )->int: # Exit code: 0, 1 where something was found or nothing came of it, 2 for a mistake in the arguments, 130 after Ctrl-C
     "Run a command; what is wrong goes to stderr"
-    args = vars(func.parser().parse_args([*map(str, argv)] if argv is not None else None))
+    argv = [re.sub('^--(un)?labelled', r'--\1labeled', str(o)) for o in (sys.argv[1:] if argv is None else argv)] # either spelling
+    args = vars(func.parser().parse_args(argv))
     try:
         with _notes(): return func.__wrapped__(**args) or 0
     except CommandError as e: _tell(f'{func.__name__}: {e}')
@@ -206,7 +214,7 @@ def _arch(name):
     arch = getattr(models, name, None)
     if callable(arch) and arch in model_meta: return arch
     if timm.is_model(name): return name
-    raise _unknown('--arch', name, ['resnet18','resnet34','resnet50','convnext_tiny','efficientnet_b0',*sorted({*timm.list_models(), *(o.__name__ for o in model_meta)})])
+    raise _unknown('--arch', name, list(dict.fromkeys(['resnet18','resnet34','resnet50','convnext_tiny','efficientnet_b0',*sorted({*timm.list_models(), *(o.__name__ for o in model_meta)})])))
 
 # %% ../nbs/13_cli.ipynb #59ea0735
 def _at_least(low, **values):
@@ -308,7 +316,7 @@ def _preflight(learn, n=200, **kwargs):
 def _stop_at_problems(learn):
     found = _preflight(learn)
     if not found.problems: return
-    raise CommandError(f"the preflight found {len(found.problems)} problem{'s'*(len(found.problems) > 1)}; mend that first, or train all the same with --no-check.\n{Preflight(found.problems)}{_listed(found, learn)}")
+    raise CommandError(f"the preflight found {len(found.problems)} problem{'s'*(len(found.problems) > 1)}; mend that first, or train all the same with --no-check.\n{_in_options(str(Preflight(found.problems)))}{_listed(found, learn)}")
 
 def _listed(found, learn, most=20):
     "The files that are not well, a line for each"
@@ -401,7 +409,7 @@ class Training:
 
     def __str__(self):
         s,n = self.setup,lambda d: sum(map(len, d.values()))
-        how = f'1 epoch of the head alone, then {self.epochs} of the whole network (fine_tune)' if s.pretrained else f'{self.epochs} epochs (fit_one_cycle)'
+        how = f'1 epoch of the head alone, then {self.epochs} of the whole network (fine_tune)' if s.pretrained else f'{self.epochs} epoch{"s"*(self.epochs > 1)} (fit_one_cycle)'
         kept = f'{100*s.split:.3g} % of each class, kept out with seed {s.seed}' if s.split is not None else 'of --valid'
         return '\n'.join([f'labelled:   {n(s.train):,} images of {len(s.classes)} classes, and {n(s.valid):,} to validate on ({kept})', f'unlabelled: {len(s.pool):,} images',
                           f"network:    {s.arch_name}, {'pretrained' if s.pretrained else 'from scratch'}; {self.learn.fix_match.policy}",
@@ -651,42 +659,6 @@ def fixmatch_train(
         run.save()
     print('\n'.join([*run.verdict(), f'Written to {out}: {", ".join(sorted(o.name for o in out.iterdir() if o.is_file()))}']))
 
-# %% ../nbs/13_cli.ipynb #a8b9a341
-class _Opened(torch.utils.data.Dataset):
-    "Image `i` as the model gets it, (1, channels, H, W), and `n_aug` random views of it below; or why it can't be opened"
-    def __init__(self, dl, n_aug=0): self.dl,self.n_aug = dl,n_aug
-    def __len__(self): return len(self.dl.dataset)
-    def __getitem__(self, i):
-        try: return i,torch.stack([self._tensor(i, split_idx) for split_idx in [1]+[0]*self.n_aug])
-        except Exception as e: return i,f'{type(e).__name__}: {_first_line(e)}' # what damaged files make PIL raise is of many kinds
-    def _tensor(self, i, split_idx):
-        x = compose_tfms(self.dl.dataset[i], self.dl.after_item.fs, split_idx=split_idx)
-        return (x[0] if isinstance(x, tuple) else x).as_subclass(torch.Tensor)
-
-def _as_list(samples): return samples
-
-def _probs(learn, x, beta=0.25):
-    "Softmax (n, C) of images (n, 1+views, channels, H, W)"
-    n,k = x.shape[:2]
-    x = finished(to_device(x.flatten(0,1), next(learn.model.parameters()).device), learn.dls)
-    probs = _evaluate(learn.model, x, None).softmax(1).view(n, k, -1).cpu()
-    return probs[:,0] if k == 1 else probs[:,1:].mean(1).lerp(probs[:,0], beta)
-
-def predictions(
-    learn:Learner,     # With one image as its input
-    files:list,        # Of images
-    tta:bool=False,    # The mean over random views too?
-    bs:int=64,         # Images in a batch
-    num_workers:int=0  # Processes that open images
-): # A generator of `(place, probs, why)` in the order of `files`: softmax float32 (C,) and `None`, or `None` and why the image can't be opened
-    "What `learn` says of `files`, a few at a time"
-    learn.model.eval()
-    ds = _Opened(learn.dls.test_dl(files), 4 if tta else 0)
-    for batch in torch.utils.data.DataLoader(ds, bs, collate_fn=_as_list, num_workers=num_workers):
-        there = [o for _,o in batch if not isinstance(o, str)]
-        probs = iter(_probs(learn, torch.stack(there)) if there else ())
-        yield from ((i,None,o) if isinstance(o, str) else (i,next(probs),None) for i,o in batch)
-
 # %% ../nbs/13_cli.ipynb #e92a5bdb
 def _prediction(file, probs, why, vocab, topk):
     "A row of the table"
@@ -697,11 +669,14 @@ def _prediction(file, probs, why, vocab, topk):
 
 def _image_files(paths):
     found = []
+    missing = [o for o in map(Path, paths) if not o.exists()]
+    if missing := missing if len(missing) == len(paths) else [o for o in missing if not o.suffix]: raise CommandError(f"{missing[0]} is not there: give images, or folders of them.")
     for o in map(Path, paths): found += get_image_files(o).sorted() if o.is_dir() else [o]
     if not found: raise CommandError(f"{paths[0]} holds no images: give images, or folders of them.")
     return found
 
 def _load(file):
+    if file.suffix == '.safetensors': raise CommandError(f"--learner {file} holds weights alone: give the learner.pkl beside it.")
     if not file.is_file(): raise CommandError(f"--learner {file} is not there: give the learner.pkl that fixmatch_train has written, or another learner that was exported.")
     try: learn = load_learner(file, cpu=not torch.cuda.is_available())
     except Exception as e: raise CommandError(f"--learner {file} can't be loaded ({type(e).__name__}: {_first_line(e)}): give a learner that was exported with these versions.") from e
@@ -754,7 +729,7 @@ def check_command(
     setup = Setup(**opts)
     learn = setup.learner()
     found = fixmatch_check(learn, epochs+setup.pretrained, images, speed)
-    print(f'{_listed(found, learn)}\n{found!r}'.strip())
+    print(_in_options(f'{_listed(found, learn)}\n{found!r}'.strip()))
     return int(bool(found.problems))
 
 check_command.__name__ = 'fixmatch_check' # as the console calls it
@@ -802,17 +777,15 @@ class Comparison:
         self.train,self.test = split_labeled(files, parent_label, min(keep, smallest*3//4)*n_classes)
         split_labeled(self.train, parent_label, n_labels) # say at once when that can't be
         self.img_cls = PILImageBW if Image.open(files[0]).mode == 'L' else PILImage
-        self.rows,self.curves,self.learn = [],[],None
+        self.twin = None
 
     def _pool(self, labeled, unlabeled, seed):
         if self.n_unlabeled is None: return labeled + unlabeled # the paper's pool holds the labelled images too
         if not 1 <= self.n_unlabeled <= len(unlabeled): raise ValueError(f"There are {len(unlabeled)} unlabelled images: use 1 to {len(unlabeled)} of them, not {self.n_unlabeled}.")
         return labeled + unlabeled[np.random.default_rng(seed).permutation(len(unlabeled))[:self.n_unlabeled].tolist()]
 
-    def learner(self, seed:int, semi:bool):
-        "The learner of one run"
-        labeled,unlabeled = split_labeled(self.train, parent_label, self.n_labels, seed)
-        pool = self._pool(labeled, unlabeled, seed)
+    def _supervised(self, seed):
+        labeled,_ = split_labeled(self.train, parent_label, self.n_labels, seed)
         set_seed(seed)
         items = labeled + self.test
         n_in = 1 if self.img_cls is PILImageBW else 3
@@ -820,58 +793,36 @@ class Comparison:
                           item_tfms=([] if self.size is None else [Resize(self.size)]) + [WeakTransform(self.weak)],
                           batch_tfms=Normalize.from_stats([0.3]*n_in, [0.33]*n_in, cuda=False))
         dls = block.dataloaders(items, bs=self.bs, val_bs=256, num_workers=0).repeat_train(self.steps//self.n_points)
-        learn = Learner(dls, small_cnn(n_in, dls.c), metrics=accuracy)
-        if not semi: return learn
-        unlabeled_dl = dls.unlabeled_dl(pool, mu=self.mu, tfm=FixMatchTransform(weak=self.weak), label_func=parent_label, num_workers=self.num_workers)
-        return learn.add_cb(FixMatch(unlabeled_dl, threshold=self.threshold))
+        return Learner(dls, small_cnn(n_in, dls.c), metrics=accuracy)
+
+    def _unlabeled_dl(self, dls, seed):
+        pool = self._pool(*split_labeled(self.train, parent_label, self.n_labels, seed), seed)
+        return dls.unlabeled_dl(pool, mu=self.mu, tfm=FixMatchTransform(weak=self.weak), label_func=parent_label, num_workers=self.num_workers)
+
+    def _fix_match(self, unlabeled_dl): return FixMatch(unlabeled_dl, threshold=self.threshold)
+
+    def learner(self, seed:int, semi:bool):
+        "The learner of one run"
+        learn = self._supervised(seed)
+        return learn.add_cb(self._fix_match(self._unlabeled_dl(learn.dls, seed))) if semi else learn
 
     def run(self,
         seeds:int=3 # How many: each chooses other labels, starting weights and views
     ):
         "Train both methods with each seed, with one progress bar for all"
-        bar = _Progress(2*seeds*self.steps)
-        for i,(seed,semi) in enumerate((s,m) for s in range(seeds) for m in (False,True)):
-            learn,start = self.learner(seed, semi),time.perf_counter()
-            with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(self.n_points, self.lr, cbs=_Bar(bar, i*self.steps))
-            accs = [v[2] for v in learn.recorder.values]
-            self.rows.append(dict(method='FixMatch' if semi else 'supervised', seed=seed, accuracy=accs[-1], seconds=round(time.perf_counter()-start, 1)))
-            self.curves.append(accs)
-            if semi: self.learn = learn
+        bar,done = _Progress(2*seeds*self.steps),itertools.count(0, self.steps)
+        def fit(learn): learn.fit_one_cycle(self.n_points, self.lr, cbs=_Bar(bar, next(done)))
+        self.twin = compare_supervised(self._supervised, self._unlabeled_dl, seeds, fit=fit, method=self._fix_match, progress=False)
         bar.close()
         return self
 
-# %% ../nbs/13_cli.ipynb #0e1a487a
-@patch
-def results(self:Comparison)->pd.DataFrame: # `method`, `seed`, `accuracy` (0 to 1, of the test images), `seconds`
-    "A row for each run"
-    return pd.DataFrame(self.rows)
-
+# %% ../nbs/13_cli.ipynb #d74168d0
 @patch
 def report(self:Comparison)->str:
-    "The table: accuracies, their difference over the same seeds, seconds"
-    acc,sec = (self.results().pivot(index='seed', columns='method', values=o) for o in ('accuracy','seconds'))
-    n,diff = len(acc),acc['FixMatch']-acc['supervised']
-    pm = lambda s: f'{100*s.mean():6.1f} ± {100*s.std() if n > 1 else float("nan"):4.1f}'
-    rows = [f'{m:<12}{pm(acc[m])} %{sec[m].mean():>10.1f}' for m in ('supervised','FixMatch')] + [f'{"difference":<12}{pm(diff)}']
-    n_pool = len(self.learn.fix_match._unlabeled_dl.dataset)
-    head = (f'{self.n_labels} labels, {n_pool-self.n_labels} more images without, {self.steps} steps, threshold {self.threshold}; '
-            f'mean ± standard deviation of {n} seed{"s"*(n > 1)}, {len(self.test)} test images')
-    return '\n'.join([head, '', f'{"":<12}{"accuracy":>13}  {"seconds":>10}', *rows])
-
-# %% ../nbs/13_cli.ipynb #cd1f6360
-@patch
-def plot(self:Comparison, ax=None):
-    "Test accuracy over the steps: a thin line a seed, a thick one for the mean"
-    ax = ax or plt.subplots(figsize=(5.5,3.5), layout='constrained')[1]
-    steps = self.steps//self.n_points*np.arange(1, self.n_points+1)
-    for method,color in (('supervised','C7'), ('FixMatch','C0')):
-        curves = 100*np.array([c for r,c in zip(self.rows, self.curves) if r['method'] == method])
-        ax.plot(steps, curves.T, color=color, alpha=.35, lw=.8)
-        ax.plot(steps, curves.mean(0), color=color, lw=2, label=f'{method}, {curves[:,-1].mean():.1f} %')
-    ax.set(xlabel='step', ylabel=f'accuracy on {len(self.test)} test images, %', title=f'{self.n_labels} labels, {len(curves)} seed{"s"*(len(curves) > 1)}')
-    ax.legend(loc='lower right')
-    ax.grid(alpha=.3)
-    return ax
+    "What was trained, and how the two compare"
+    n_pool,sec = len(self.twin.learn.fix_match._unlabeled_dl.dataset),self.twin.runs.groupby('method').seconds.mean()
+    return '\n'.join([f'{self.n_labels} labels, {n_pool-self.n_labels} more images without, {self.steps} steps, threshold {self.threshold}', '', self.twin.report(),
+                      f'{"seconds":<12}{sec["supervised"]:6.1f} supervised, {sec["FixMatch"]:.1f} FixMatch'])
 
 @patch
 def save(self:Comparison,
@@ -880,26 +831,25 @@ def save(self:Comparison,
     "Write `results.csv`, `accuracy.png`, `training.png` and `pseudo_labels.png`"
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    self.results().to_csv(out/'results.csv', index=False)
-    self.plot().figure.savefig(out/'accuracy.png', dpi=120)
-    self.learn.fix_match.plot()[0].figure.savefig(out/'training.png', dpi=120)
+    self.twin.runs.drop(columns='n_labels').to_csv(out/'results.csv', index=False)
+    self.twin.plot().figure.savefig(out/'accuracy.png', dpi=120)
+    self.twin.learn.fix_match.plot()[0].figure.savefig(out/'training.png', dpi=120)
     set_seed(0)
-    self.learn.fix_match.show_pseudo_labels(16).savefig(out/'pseudo_labels.png', dpi=120)
+    self.twin.learn.fix_match.show_pseudo_labels(16).savefig(out/'pseudo_labels.png', dpi=120)
     plt.close('all')
 
-# %% ../nbs/13_cli.ipynb #47287618
+# %% ../nbs/13_cli.ipynb #a3a628eb
 def _parser():
-    p = argparse.ArgumentParser('fixmatch_demo', formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                description='Train with and without FixMatch on the same few labels, and compare.')
-    p.add_argument('--labels', type=int, default=40, help='labelled images in all, equally many of each class')
-    p.add_argument('--unlabeled', type=int, help='unlabelled images in all (default: every other training image)')
-    p.add_argument('--threshold', type=float, default=0.95, help='smallest confidence with which a pseudo-label counts')
-    p.add_argument('--steps', type=int, default=500, help='training steps of either method')
-    p.add_argument('--seeds', type=int, default=3, help='how many times, with other labels and starting weights')
-    p.add_argument('--data', type=Path, help='a folder with a folder of images for each class (default: the handwritten digits of scikit-learn)')
-    p.add_argument('--size', type=int, default=32, help='side to which images of --data are resized')
+    p = argparse.ArgumentParser('fixmatch_demo', description='Train with and without FixMatch on the same few labels, and compare.')
+    p.add_argument('--labels', type=int, default=40, metavar='N', help='labelled images in all, equally many of each class (default: 40)')
+    p.add_argument('--unlabeled', type=int, metavar='N', help='unlabelled images in all (default: every other training image)')
+    p.add_argument('--threshold', type=float, default=0.95, metavar='X', help='smallest confidence with which a pseudo-label counts (default: 0.95)')
+    p.add_argument('--steps', type=int, default=500, metavar='N', help='training steps of either method (default: 500)')
+    p.add_argument('--seeds', type=int, default=3, metavar='N', help='how many times, with other labels and starting weights (default: 3)')
+    p.add_argument('--data', type=Path, metavar='PATH', help='a folder with a folder of images for each class (default: the handwritten digits of scikit-learn)')
+    p.add_argument('--size', type=int, default=32, metavar='N', help='side to which images of --data are resized, in pixels (default: 32)')
     p.add_argument('--no-flip', action='store_true', help='never mirror images of --data, for digits and text (the digits never are)')
-    p.add_argument('--out', type=Path, default=Path('demo'), help='where results.csv and the pictures go')
+    p.add_argument('--out', type=Path, default=Path('demo'), metavar='PATH', help='where results.csv and the pictures go (default: demo)')
     return p
 
 def main(argv=None):

@@ -20,7 +20,7 @@ import torch
 from fastai.vision.all import get_image_files, load_learner, parent_label
 from safetensors.torch import load_file
 
-from fixmatch_fastai import cli
+from fixmatch_fastai import cli, self_training
 from fixmatch_fastai.all import split_labeled
 
 ROOT = Path(__file__).parent.parent
@@ -385,10 +385,10 @@ def test_predictions_of_views_are_blended(run, there):
     plain, views = (torch.stack([o for _, o, _ in cli.predictions(learn, files, tta=o, bs=4)]) for o in (False, True))
     assert (plain - views).abs().max() > 1e-5
     torch.testing.assert_close(views.sum(1), torch.ones(len(files)))
-    ds = cli._Opened(learn.dls.test_dl(files), 2)
+    ds = self_training._Opened(learn.dls.test_dl(files), 2)
     assert not any(torch.equal(ds[i][1][0], o) for i in range(len(files)) for o in ds[i][1][1:])
     same = torch.stack([ds[i][1][[0, 0, 0]] for i in range(len(files))])
-    torch.testing.assert_close(cli._probs(learn, same), plain, atol=1e-5, rtol=0)
+    torch.testing.assert_close(self_training._outputs(learn, same, False), plain, atol=1e-5, rtol=0)
 
 
 def test_only_damaged_files(run, there, tmp_path, capsys):
@@ -397,7 +397,7 @@ def test_only_damaged_files(run, there, tmp_path, capsys):
     assert df.error.str.contains('FileNotFoundError').tolist() == [False, True]
 
 
-@pytest.mark.parametrize('args,said', [(('--learner', 'gone.pkl', 'new'), 'is not there'), (('--learner', 'file', 'new'), "can't be loaded"), (('--learner', 'run/learner.pkl', 'empty'), 'holds no images'),
+@pytest.mark.parametrize('args,said', [(('--learner', 'gone.pkl', 'new'), 'is not there'), (('--learner', 'file', 'new'), "can't be loaded"), (('--learner', 'run/learner.pkl', 'empty'), 'holds no images'), (('--learner', 'run/learner.pkl', 'new', 'nowhere'), 'nowhere is not there'), (('--learner', 'run/learner.pkl', 'gone.png'), 'gone.png is not there'), (('--learner', 'run/weights.safetensors', 'new'), 'holds weights alone'),
                                        (('--learner', 'run/learner.pkl', 'new', '--out', 'empty'), 'is a folder'), (('--learner', 'run/learner.pkl', 'new', '--topk', 0), '--topk must be')])  # fmt: skip
 def test_mistakes_of_predict(args, said, run, there, capsys):
     assert command(cli.fixmatch_predict, *args) == 2
@@ -467,3 +467,18 @@ def test_the_demo_is_quiet_in_a_log(tmp_path, capsys):
     cli.main(['--labels', '20', '--steps', '4', '--seeds', '1', '--out', str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert [o for o in lines if o.startswith('step ')] == [f'step {i} of 8' for i in range(1, 9)] and len(lines) < 20
+
+
+def test_either_spelling_of_labelled(there, capsys):
+    for labeled, unlabeled in (('--labeled', '--unlabeled'), ('--labelled', '--unlabelled')):
+        assert command(cli.check_command, labeled, 'labeled', unlabeled, 'unlabeled', *SMALL[:-2], '--no-speed') in (0, 1)
+    assert command(cli.check_command, '--labelled=labeled', '--unlabelled', 'unlabeled', *SMALL[:-2], '--no-speed') in (0, 1)
+
+
+def test_advice_is_in_words_of_the_command_line():
+    from fixmatch_fastai import check, record
+
+    slow = "Let workers prepare images while the model trains: `dls.unlabeled_dl(files, num_workers=4)`."
+    assert cli._in_options(slow) == 'Let workers prepare images while the model trains: --workers.' and slow[:40] in Path(check.__file__).read_text()
+    assert '--policy freematch' in cli._in_options(record._warnings['none_counts']) and '`' not in cli._in_options(record._warnings['none_counts'])
+    assert cli._in_options('replaced, such as a.png (OSError): `learn.fix_match.damaged` lists them.') == 'replaced, such as a.png (OSError).'

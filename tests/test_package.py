@@ -33,7 +33,7 @@ def imported(module, *names):
     return res.stdout.strip()
 
 
-ROOMS = {'augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'ema', 'recipe', 'checkpoint', 'check', 'interpret', 'cli'}
+ROOMS = {'augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'ema', 'recipe', 'checkpoint', 'check', 'interpret', 'self_training', 'meta_pseudo_labels', 'warm_start', 'cli'}
 KNOWS = dict(
     augment=[], data=['augment'], policy=[], uncertainty=['policy'], callback=['policy', 'record'], record=['policy'],
     ema=[], recipe=[], checkpoint=['callback', 'policy', 'record', 'ema'],

@@ -30,7 +30,7 @@ from traitlets.config import Config
 from symbols import Symbol
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXTS = {'CHANGELOG.md': 'docs/changelog.md', 'CONTRIBUTING.md': 'docs/contributing.md', 'benchmarks/policies.md': 'docs/benchmarks.md', 'benchmarks/results.md': 'docs/speed.md', 'benchmarks/matrix.md': 'docs/matrix.md'}  # pages that are not notebooks
+TEXTS = {'CHANGELOG.md': 'docs/changelog.md', 'CONTRIBUTING.md': 'docs/contributing.md', 'benchmarks/policies.md': 'docs/benchmarks.md', 'benchmarks/self_training.md': 'docs/self_training.md', 'benchmarks/results.md': 'docs/speed.md', 'benchmarks/matrix.md': 'docs/matrix.md'}  # pages that are not notebooks
 FOR_QUARTO = {'FrontmatterProc', 'add_links', 'add_fold'}  # steps of nbdev that write what only Quarto reads
 BARS = re.compile(r'(?s)<style.*?</style>\s*|<div>\s*<progress.*?</div>| (?:border|class|style)="[^"]*"|^\s+', re.M)
 BLOCKS = r'^(?P<fence>`{3,}).*?^(?P=fence)|^\$\$.*?\$\$|^#[^\n]*'  # these stay as they are

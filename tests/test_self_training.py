@@ -1,0 +1,557 @@
+"Tables of pseudo-labels, soft labels, teachers and students, and the supervised twin"
+
+import shutil
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from conftest import quiet_fit, tiny_net
+from fastai.vision.all import (
+    CategoryBlock,
+    CrossEntropyLossFlat,
+    CutMix,
+    DataBlock,
+    F1Score,
+    ImageBlock,
+    ImageDataLoaders,
+    IndexSplitter,
+    Learner,
+    MixUp,
+    MultiCategoryBlock,
+    PILImageBW,
+    RandomSplitter,
+    accuracy,
+    load_learner,
+    noop,
+    parent_label,
+    set_seed,
+)
+
+from fixmatch_fastai import self_training
+from fixmatch_fastai.all import (
+    DistillationLoss,
+    FixMatch,
+    LogitsMSELoss,
+    NoisyStudent,
+    SoftBCELoss,
+    SoftCategoryBlock,
+    SoftCrossEntropyLoss,
+    SoftFocalLoss,
+    TableLabels,
+    add_drop_path,
+    balance_classes,
+    compare_supervised,
+    pseudo_label,
+    read_pseudo_labels,
+    self_distill,
+    semi_weak,
+    soft_accuracy,
+    split_labeled,
+    with_pseudo_labels,
+)
+
+LOSSES = [SoftCrossEntropyLoss, DistillationLoss, SoftFocalLoss, SoftBCELoss]
+
+
+@pytest.fixture
+def make(tmp_path):
+    "A student: a fresh tiny network"
+    return lambda dls: Learner(dls, tiny_net(), metrics=accuracy, path=tmp_path)
+
+
+@pytest.fixture
+def teacher(make_dls, make):
+    set_seed(0)
+    learn = make(make_dls(n_batches=20))
+    quiet_fit(learn, 2, 1e-2)
+    return learn
+
+
+def passes(learn, stop_at=None):
+    "Sizes of the batches that the model sees from now on; `stop_at` interrupts one"
+    seen = []
+
+    def look(module, xb):
+        if len(seen) == stop_at:
+            raise KeyboardInterrupt
+        seen.append(len(xb[0]))
+
+    return seen, learn.model.register_forward_pre_hook(look)
+
+
+# --- tables ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('soft', [False, True, 'logits'])
+@pytest.mark.parametrize('tta', [False, True])
+def test_the_table_is_what_fastai_predicts(teacher, pool, soft, tta):
+    if tta and soft == 'logits':
+        with pytest.raises(ValueError, match='so there are no logits'):
+            pseudo_label(teacher, pool, soft=soft, tta=tta)
+        return
+    df = pseudo_label(teacher, pool, soft=soft, tta=tta)
+    with teacher.no_bar():
+        dl = teacher.dls.test_dl(pool)
+        probs = (teacher.tta(dl=dl) if tta else teacher.get_preds(dl=dl))[0]  # nothing is random in these `dls`
+        logits = teacher.get_preds(dl=dl, act=noop)[0]
+    np.testing.assert_allclose(df.confidence, probs.max(1).values, atol=1e-5)
+    assert df.predicted.tolist() == [teacher.dls.vocab[i] for i in probs.argmax(1)] and df.file.tolist() == [str(o) for o in pool]
+    if soft:
+        name, expected = ('logit', logits) if soft == 'logits' else ('prob', probs)
+        np.testing.assert_allclose(df[[f'{name}_{o}' for o in teacher.dls.vocab]], expected, atol=1e-4)
+    else:
+        assert list(df.columns) == ['file', 'predicted', 'confidence']
+
+
+@pytest.mark.parametrize('stop_at', [0, 1, 5, 9])
+def test_an_interrupted_table_goes_on(teacher, pool, tmp_path, stop_at):
+    out = tmp_path / 'a' / 'table.csv'
+    whole = pseudo_label(teacher, pool, soft=True)
+    seen, handle = passes(teacher, stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        pseudo_label(teacher, pool, soft=True, out=out, bs=10)
+    handle.remove()
+    assert not out.exists()
+    seen, handle = passes(teacher)
+    again = pseudo_label(teacher, pool, soft=True, out=out, bs=10)
+    handle.remove()
+    assert sum(seen) == len(pool) - 10 * stop_at
+    pd.testing.assert_frame_equal(again, whole)
+    pd.testing.assert_frame_equal(read_pseudo_labels(out), whole)
+    assert [o.name for o in out.parent.iterdir()] == ['table.csv']
+    quiet_fit(teacher, 1, 1e-2)  # training goes on
+
+
+def test_a_torn_row_is_made_anew(teacher, pool, tmp_path):
+    out = tmp_path / 'table.csv'
+    _, handle = passes(teacher, 5)
+    with pytest.raises(KeyboardInterrupt):
+        pseudo_label(teacher, pool, out=out, bs=10)
+    handle.remove()
+    (part,) = tmp_path.glob('*.part')
+    part.write_bytes(part.read_bytes()[:-3])
+    seen, handle = passes(teacher)
+    again = pseudo_label(teacher, pool, out=out)
+    handle.remove()
+    assert sum(seen) == len(pool) - 49
+    pd.testing.assert_frame_equal(again, pseudo_label(teacher, pool))
+
+
+@pytest.mark.parametrize('what', ['weights', 'images', 'soft'])
+def test_what_belongs_to_another_call_is_not_gone_on_with(teacher, pool, tmp_path, what):
+    out = tmp_path / 'table.csv'
+    _, handle = passes(teacher, 5)
+    with pytest.raises(KeyboardInterrupt):
+        pseudo_label(teacher, pool, out=out, bs=10)
+    handle.remove()
+    if what == 'weights':
+        with torch.no_grad():
+            next(teacher.model.parameters()).mul_(0.9)
+    items = pool[::-1] if what == 'images' else pool
+    seen, handle = passes(teacher)
+    again = pseudo_label(teacher, items, soft=what == 'soft', out=out)
+    handle.remove()
+    assert sum(seen) == len(pool) and len(again) == len(pool)
+
+
+def test_damaged_images_are_left_out(teacher, pool, tmp_path):
+    bad = tmp_path / 'bad.png'
+    bad.write_bytes(b'no image')
+    with pytest.warns(UserWarning, match=r'2 of 12 images can\'t be opened .*bad\.png \(UnidentifiedImageError'):
+        df = pseudo_label(teacher, [*pool[:5], bad, *pool[5:10], bad], num_workers=2, bs=4)
+    pd.testing.assert_frame_equal(df, pseudo_label(teacher, pool[:10]))
+
+
+def test_nothing_kept_is_said(teacher, pool):
+    with pytest.warns(UserWarning, match='No pseudo-label is kept: the largest confidence is 0'):
+        assert len(pseudo_label(teacher, pool, threshold=1.0)) == 0
+
+
+def test_names_that_csv_would_change(make_learner, pool, tmp_path):
+    names = dict(zip('0123456789', ['NA', 'null', '007', 'x,y', 'true', '', ' a', 'ä"', '1e3', 'None']))
+    files = []
+    for o in pool:
+        files.append(tmp_path / f'{names[parent_label(o)]}, {o.name}')
+        shutil.copy(o, files[-1])
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_y=lambda o: o.name.rsplit(', ', 1)[0], splitter=RandomSplitter(0.5, seed=0))
+    dls = block.dataloaders(files, bs=8, num_workers=0)
+    learn = Learner(dls, tiny_net(), metrics=accuracy, path=tmp_path)
+    quiet_fit(learn, 3, 1e-2)
+    df = pseudo_label(learn, files, soft=True, out=tmp_path / 't.csv')
+    pd.testing.assert_frame_equal(read_pseudo_labels(tmp_path / 't.csv'), df)
+    assert len(with_pseudo_labels(dls, df, labeled=False).train_ds) == 50  # validation images are left out
+
+
+def test_classes_that_are_numbers(pool, tmp_path):
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_y=lambda o: int(parent_label(o)), splitter=RandomSplitter(0.5, seed=0))
+    dls = block.dataloaders(pool, bs=8, num_workers=0)
+    learn = Learner(dls, tiny_net(), metrics=accuracy)
+    df = pseudo_label(learn, pool, out=tmp_path / 't.csv')
+    assert df.predicted.map(type).eq(int).all()
+    pd.testing.assert_frame_equal(read_pseudo_labels(tmp_path / 't.csv', dls.vocab), df, check_dtype=False)
+    a, b = (with_pseudo_labels(dls, o, labeled=False).train_ds.targets for o in (df, read_pseudo_labels(tmp_path / 't.csv')))
+    assert a.tolist() == b.tolist()
+
+
+def test_images_that_are_no_files(pool):
+    pool = [pool[i] for i in np.random.default_rng(0).permutation(len(pool))]
+    images = [np.asarray(PILImageBW.create(o)) for o in pool]
+    labels = [parent_label(o) for o in pool]
+    rows = pd.DataFrame(dict(image=images, label=labels), index=[f'row {i}' for i in range(len(pool))])
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_x=lambda r: r['image'], get_y=lambda r: r['label'], splitter=IndexSplitter(range(50, 100)))
+    dls = block.dataloaders(rows, bs=8, num_workers=0)
+    learn = Learner(dls, tiny_net(), metrics=accuracy)
+    df = pseudo_label(learn, rows[:50], soft=True)
+    assert df.file.tolist() == [f'row {i}' for i in range(50)]
+    with pytest.raises(ValueError, match='give the images with `items`'):
+        with_pseudo_labels(dls, df.assign(file=range(50)), labeled=False)
+    student = self_distill(learn, lambda dls: Learner(dls, tiny_net(), metrics=accuracy), partial(quiet_fit, n_epoch=1), items=rows[:50])
+    assert len(student.dls.train_ds) == 50 and student.dls.one_batch()[1].shape == (8, 10)
+
+
+def test_a_loaded_learner_labels(teacher, pool, tmp_path):
+    expected = pseudo_label(teacher, pool)
+    teacher.export(tmp_path / 'teacher.pkl')
+    pd.testing.assert_frame_equal(pseudo_label(load_learner(tmp_path / 'teacher.pkl'), pool), expected)
+
+
+def test_what_has_no_table(teacher, pool, make_dls):
+    block = DataBlock((ImageBlock(PILImageBW), MultiCategoryBlock), get_y=lambda o: [parent_label(o)], splitter=RandomSplitter(0.5, seed=0))
+    several = Learner(block.dataloaders(pool, bs=8, num_workers=0), tiny_net())
+    with pytest.raises(ValueError, match='several labels|a CategoryBlock'):
+        pseudo_label(several, pool)
+    with pytest.raises(ValueError, match="False, True or 'logits'"):
+        pseudo_label(teacher, pool, soft='probs')
+    with pytest.raises(ValueError, match='is no table of pseudo-labels'):
+        file = teacher.path / 'x.csv'
+        file.write_text('a,b\n1,2\n')
+        read_pseudo_labels(file)
+    quiet_fit(teacher, 1, 1e-2)
+
+
+# --- soft labels -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('cls', [*LOSSES, LogitsMSELoss])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_losses_have_a_row_for_each_image(cls, dtype):
+    torch.manual_seed(0)
+    pred = torch.randn(6, 4, dtype=dtype, requires_grad=True)
+    targ = torch.randn(6, 4) if cls is LogitsMSELoss else torch.randn(6, 4).softmax(1)
+    rows = cls(reduction='none')(pred, targ)
+    assert rows.shape == (6,) and rows.dtype == torch.float32 and (rows >= 0).all()
+    torch.testing.assert_close(cls()(pred, targ), rows.mean())
+    torch.testing.assert_close(cls(reduction='sum')(pred, targ), rows.sum())
+    cls()(pred, targ).backward()
+    assert pred.grad.isfinite().all() and pred.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="'mean', 'sum' or 'none'"):
+        cls(reduction='max')
+
+
+@pytest.mark.parametrize('cls', [SoftCrossEntropyLoss, DistillationLoss, SoftFocalLoss, SoftBCELoss])
+def test_probabilities_of_0_and_1_are_finite(cls):
+    pred = torch.tensor([[100.0, 0, -100], [0, 0, 0]], requires_grad=True)
+    loss = cls()(pred, torch.tensor([[0.0, 0, 1], [1, 0, 0]]))
+    loss.backward()
+    assert loss.isfinite() and pred.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('cls', LOSSES)
+@pytest.mark.parametrize('mix', [None, MixUp, CutMix])
+def test_soft_losses_in_a_learner(teacher, make_dls, pool, cls, mix, tmp_path):
+    dls = with_pseudo_labels(teacher.dls, pseudo_label(teacher, pool, soft=True))
+    learn = Learner(dls, tiny_net(), loss_func=cls(), metrics=[accuracy, F1Score(average='macro')], path=tmp_path, cbs=mix and mix())
+    quiet_fit(learn, 1, 1e-2)
+    with learn.no_bar():
+        preds, targs, decoded = learn.get_preds(with_decoded=True)
+        with_loss = learn.get_preds(with_loss=True)[2]
+        values = learn.validate()
+    assert with_loss.shape == targs.shape == (len(dls.valid_ds),)
+    assert (decoded == preds.argmax(1)).all() and values[1] == pytest.approx((decoded == targs).float().mean().item())
+    np.testing.assert_allclose(with_loss.mean(), values[0], rtol=1e-4)
+    learn.show_results(max_n=2)
+    assert learn.predict(pool[0])[0] in dls.vocab
+    learn.export(tmp_path / 'student.pkl')
+    assert load_learner(tmp_path / 'student.pkl').predict(pool[0])[0] == learn.predict(pool[0])[0]
+
+
+def test_training_metrics_need_the_likeliest_class(teacher, pool, make):
+    dls = with_pseudo_labels(teacher.dls, pseudo_label(teacher, pool, soft=True))
+    learn = Learner(dls, tiny_net(), metrics=soft_accuracy)
+    learn.recorder.train_metrics = True
+    quiet_fit(learn, 1, 1e-2)
+    assert len(learn.recorder.values[0]) == 4
+
+
+def test_labelled_images_keep_their_labels(teacher, pool):
+    "Those in the table too are there once, with the true label; validation images are not trained on"
+    labeled, valid = teacher.dls.train_ds.items, teacher.dls.valid_ds.items
+    table = pseudo_label(teacher, [*pool, *labeled, *valid], soft=True).assign(predicted='0')
+    dls = with_pseudo_labels(teacher.dls, table)
+    apart = set(pool) - set(labeled) - set(valid)
+    assert len(dls.train_ds) == len(labeled) + len(apart)
+    hot = torch.stack([torch.as_tensor(dls.train_ds[i][1]) for i in range(len(labeled))])
+    assert [teacher.dls.vocab[i] for i in hot.argmax(1)] == [parent_label(o) for o in labeled] and (hot.max(1).values == 1).all()
+    x, y = dls.one_batch()
+    assert y.shape == (4, 10) and dls.train.n_batches == 20  # `repeat_train` stays
+    assert dls.vocab == teacher.dls.vocab and dls.c == 10
+
+
+def test_noise_is_for_training_images_alone(teacher, pool):
+    seen = []
+
+    def strong(img):
+        seen.append(img.size)
+        return img
+
+    dls = with_pseudo_labels(teacher.dls, pseudo_label(teacher, pool), strong=strong)
+    dls.one_batch()
+    assert len(seen) == 4
+    dls.valid.one_batch()
+    teacher.dls.one_batch()
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize('wrong', ['classes', 'probabilities'])
+def test_a_table_of_other_classes_is_refused(teacher, pool, wrong):
+    table = pseudo_label(teacher, pool, soft=True)
+    table = table.assign(predicted='cat') if wrong == 'classes' else table.drop(columns='prob_9')
+    with pytest.raises(ValueError, match='a learner of the same classes'):
+        with_pseudo_labels(teacher.dls, table)
+
+
+def test_a_data_block_trains_on_the_table(teacher, pool, make):
+    labeled, valid = teacher.dls.train_ds.items, teacher.dls.valid_ds.items
+    hard, soft = pseudo_label(teacher, pool), pseudo_label(teacher, pool, soft=True)
+    items = [*valid, *labeled, *pool]
+    for table, block in ((hard, CategoryBlock), (soft, SoftCategoryBlock(teacher.dls.vocab))):
+        db = DataBlock((ImageBlock(PILImageBW), block), get_y=TableLabels(table, parent_label), splitter=IndexSplitter(range(len(valid))))
+        learn = make(db.dataloaders(items, bs=8, num_workers=0))
+        quiet_fit(learn, 1, 1e-2)
+        with learn.no_bar():
+            assert learn.validate()[1] == pytest.approx(np.mean([parent_label(o) == learn.predict(o)[0] for o in valid]), abs=1e-6)
+    assert learn.loss_func.__class__ is SoftCrossEntropyLoss
+
+
+def test_image_data_loaders_and_batch_transforms(pool, tmp_path, make):
+    "Also with fastai's factory, random transforms and a short last batch"
+    from fastai.vision.all import Resize, aug_transforms, resnet18, vision_learner
+
+    for o in pool[:60]:
+        to = tmp_path / 'labeled' / parent_label(o) / o.name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(o, to)
+    dls = ImageDataLoaders.from_folder(
+        tmp_path / 'labeled', valid_pct=0.3, seed=0, item_tfms=Resize(32), batch_tfms=aug_transforms(size=28), bs=8, num_workers=0
+    )
+    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, path=tmp_path)
+    table = pseudo_label(learn, pool[60:], soft=True)
+    student = vision_learner(with_pseudo_labels(dls, table), resnet18, pretrained=False, metrics=accuracy, path=tmp_path)
+    quiet_fit(student, 1, 1e-3)
+    x, y = student.dls.one_batch()
+    assert x.shape == (8, 3, 28, 28) and y.shape == (8, dls.c)
+
+
+# --- rounds ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_balance_by_hand():
+    table = pd.DataFrame(dict(file=list('abcdef'), predicted=list('xxxxyz'), confidence=[0.9, 0.8, 0.95, 0.7, 0.6, 0.5]))
+    assert balance_classes(table).file.tolist() == ['c', 'a', 'e', 'e', 'f', 'f']
+    assert balance_classes(table, 1).file.tolist() == ['c', 'e', 'f']
+    assert balance_classes(table).predicted.value_counts().nunique() == 1
+    with pytest.raises(ValueError, match='1 or more'):
+        balance_classes(table, 0)
+
+
+def test_rounds(teacher, pool, make):
+    made = []
+
+    def student(dls):
+        made.append(dls)
+        return make(dls)
+
+    rounds = NoisyStudent(teacher, student, pool, rounds=2, threshold=0.0, label_func=parent_label)
+    last = rounds.fit(partial(quiet_fit, n_epoch=2, lr=1e-2))
+    df = rounds.history
+    assert df['round'].tolist() == [0, 1, 2] and df.pseudo_labels.tolist() == [0, 100, 100] and len(made) == 2
+    assert df.pseudo_acc[1] == pytest.approx(np.mean([parent_label(f) == p for f, p in zip(pool, pseudo_label(teacher, pool).predicted)]))
+    with last.no_bar():
+        assert df.accuracy[2] == pytest.approx(last.validate()[1])
+    per_class = torch.stack([torch.as_tensor(made[0].train_ds[i][1]) for i in range(20, len(made[0].train_ds))])
+    said = pseudo_label(teacher, pool).predicted.nunique()
+    assert len(per_class) <= round(100 / said) * said and any(
+        '_Dropout' in type(h).__name__ for m in last.model.modules() for h in m._forward_pre_hooks.values()
+    )
+
+
+def test_an_interrupted_round_is_trained_again(teacher, pool, make):
+    fits = []
+
+    def fit(learn):
+        fits.append(learn)
+        quiet_fit(learn, 1, 1e-2)
+        if len(fits) == 2:
+            raise KeyboardInterrupt
+
+    rounds = NoisyStudent(teacher, make, pool, rounds=3, threshold=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        rounds.fit(fit)
+    assert rounds.student is fits[0] and rounds.history['round'].tolist() == [0, 1]
+    assert rounds.fit(fit) is fits[-1] and len(fits) == 4 and rounds.history['round'].tolist() == [0, 1, 2, 3]
+    assert rounds.fit(fit) is fits[-1] and len(fits) == 4, 'there is nothing left to train'
+
+
+def test_hard_losses_are_refused_before_training(teacher, pool):
+    hard = lambda dls: Learner(dls, tiny_net(), loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match='CrossEntropyLossFlat, is not made for soft labels'):
+        NoisyStudent(teacher, hard, pool, threshold=0).fit(pytest.fail)
+    with pytest.raises(ValueError, match='is not made for soft labels'):
+        self_distill(teacher, hard, pytest.fail)
+    quiet_fit(NoisyStudent(teacher, hard, pool, rounds=1, threshold=0, soft=False).fit(partial(quiet_fit, n_epoch=1)), 1)
+    with pytest.raises(TypeError, match='a function that makes a Learner'):
+        NoisyStudent(teacher, 'resnet34', pool)
+
+
+def test_semi_weak_trains_on_the_best_then_on_the_labels(teacher, pool, make):
+    sets = []
+    semi_weak(teacher, make, pool, *[lambda learn: (sets.append(learn.dls.train_ds), quiet_fit(learn, 1, 1e-2))] * 2, k=3)
+    best = pseudo_label(teacher, pool, top_k_per_class=3)
+    known = set(map(str, teacher.dls.valid_ds.items))
+    assert len(sets[0]) == len([o for o in best.file if o not in known]) and sets[1] is teacher.dls.train_ds
+
+
+def test_self_distillation_learns_what_the_teacher_says(teacher, make, pool):
+    "With enough steps the student agrees with the teacher more than chance would"
+    set_seed(0)
+    student = self_distill(teacher, make, partial(quiet_fit, n_epoch=10, lr=1e-2), items=pool)
+    a, b = (pseudo_label(o, pool).predicted for o in (teacher, student))
+    assert (a == b).mean() > 0.6
+    with pytest.raises(ValueError, match='1 or more'):
+        self_distill(teacher, make, noop, rounds=0)
+
+
+@pytest.mark.parametrize('arch, n', [('resnet18', 8), ('vit_tiny_patch16_224', 12), ('convnext_atto', 12)])
+def test_drop_path_in_bodies_of_timm(arch, n):
+    kwargs = dict(img_size=32, patch_size=8) if arch.startswith('vit') else {}
+    torch.manual_seed(0)
+    model = timm.create_model(arch, num_classes=3, **kwargs)
+    for p in model.parameters():  # some begin as 0, so that whole blocks do nothing
+        torch.nn.init.normal_(p, std=0.1)
+    x = torch.randn(4, 3, 32, 32)
+    model.eval()
+    before = model(x)
+    assert add_drop_path(model, 0.5) == n
+    torch.testing.assert_close(model(x), before)  # in evaluation nothing changes
+    reference = timm.create_model(arch, num_classes=3, drop_path_rate=0.5, **kwargs)
+    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == 'DropPath']
+    assert max(rates) == 0.5 == max(m.drop_prob for m in reference.modules() if type(m).__name__ == 'DropPath') and rates == sorted(rates)
+    model.train()
+    torch.manual_seed(0)
+    a, b = model(x), model(x)
+    assert not torch.equal(a, b)
+    assert add_drop_path(tiny_net()) == 0
+    with pytest.raises(ValueError, match='below 1'):
+        add_drop_path(model, 1)
+
+
+# --- twin --------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def arms(digits):
+    "Functions that make a learner and a pool"
+    train, test = split_labeled(digits, parent_label, 200, seed=3)
+    test = test[::40]
+
+    def make_learner(n_labels=20, seed=0):
+        labeled, _ = split_labeled(train, parent_label, n_labels, seed)
+        block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_y=parent_label, splitter=IndexSplitter(range(n_labels, n_labels + len(test))))
+        return Learner(block.dataloaders(labeled + test, bs=4, val_bs=64, num_workers=0).repeat_train(3), tiny_net(), metrics=accuracy)
+
+    return make_learner, lambda dls: dls.unlabeled_dl(train, mu=2, num_workers=0)
+
+
+FIT = partial(quiet_fit, n_epoch=2, lr=1e-2)
+
+
+def test_both_arms_begin_alike_and_take_as_many_steps(arms):
+    pairs = []
+
+    def keep(learn):
+        pairs.append(([o.clone() for o in learn.model.parameters()], list(learn.dls.train_ds.items), hasattr(learn, 'fix_match')))
+        FIT(learn)
+
+    twin = compare_supervised(*arms, seeds=2, fit=keep, progress=False)
+    for a, b in (pairs[:2], pairs[2:]):
+        assert (a[2], b[2]) == (False, True) and a[1] == b[1]
+        assert all(torch.equal(p, q) for p, q in zip(a[0], b[0], strict=True))
+    assert pairs[0][1] != pairs[2][1], 'each seed has its own labels'
+    assert twin.runs.steps.tolist() == [6] * 4 and twin.runs.seed.tolist() == [0, 0, 1, 1]
+    assert len(twin.table()) == 1 and twin.table().seeds.iloc[0] == 2
+    assert twin.learn.fix_match.history.shape[0] == 6
+
+
+def test_accuracies_are_those_of_the_validation_images(arms):
+    kept = []
+    twin = compare_supervised(*arms, seeds=1, fit=lambda learn: (FIT(learn), kept.append(learn)), progress=False)
+    for learn, accuracy_ in zip(kept, twin.runs.accuracy):
+        with learn.no_bar():
+            assert learn.validate()[1] == pytest.approx(accuracy_)
+    assert [len(o['curve']) for o in twin.rows] == [2, 2] and twin.rows[0]['curve'][-1] == pytest.approx(twin.rows[0]['accuracy'])
+
+
+def test_an_interrupted_comparison_goes_on(arms, tmp_path):
+    fits, out = [], tmp_path / 'twin.json'
+
+    def fit(learn):
+        fits.append(learn)
+        if len(fits) == 3:
+            raise KeyboardInterrupt
+        FIT(learn)
+
+    with pytest.raises(KeyboardInterrupt):
+        compare_supervised(*arms, seeds=2, fit=fit, out=out, progress=False)
+    twin = compare_supervised(*arms, seeds=2, fit=fit, out=out, progress=False)
+    assert len(fits) == 5 and len(twin.rows) == 4
+    whole = compare_supervised(*arms, seeds=2, fit=FIT, progress=False)
+    pd.testing.assert_frame_equal(twin.runs.drop(columns='seconds'), whole.runs.drop(columns='seconds'))
+    assert twin.table().equals(whole.table()) and repr(twin) == repr(whole)
+    again = compare_supervised(*arms, seeds=2, fit=pytest.fail, out=out, progress=False)
+    assert again.table().equals(whole.table())
+
+
+def test_several_numbers_of_labels(arms):
+    twin = compare_supervised(*arms, seeds=[5, 7], n_labels=[10, 40], fit=FIT, progress=False)
+    assert twin.table().index.tolist() == [10, 40] and len(twin.rows) == 8
+    assert '10 labels:' in repr(twin) and 'worth' in repr(twin)
+    assert twin.plot().get_xscale() == 'log'
+
+
+def test_what_can_not_be_compared(arms):
+    make_learner, pool = arms
+    with pytest.raises(ValueError, match='without FixMatch'):
+        compare_supervised(lambda: (lambda o: o.add_cb(FixMatch(pool(o.dls))))(make_learner()), pool, seeds=1, progress=False)
+    with pytest.raises(ValueError, match='`make_learner` must take it'):
+        compare_supervised(lambda: make_learner(), pool, n_labels=[10, 20])
+    with pytest.raises(TypeError, match='must return a Learner'):
+        compare_supervised(lambda: None, pool, seeds=1, progress=False)
+    with pytest.raises(ValueError, match='nothing to compare'):
+        compare_supervised(make_learner, pool, seeds=0)
+    lengths = iter([1, 2])
+    with pytest.warns(UserWarning, match='with 3 to 6: the comparison is not fair'):
+        compare_supervised(make_learner, pool, seeds=1, fit=lambda learn: quiet_fit(learn, next(lengths)), progress=False)
+
+
+def test_intervals_are_scipys():
+    d = np.array([0.03, 0.05, 0.01, 0.06])
+    from scipy import stats
+
+    low, high = stats.ttest_1samp(d, 0).confidence_interval()
+    np.testing.assert_allclose(self_training._t_interval(d), (low, high))
+    images = np.random.default_rng(0).choice([-1.0, 0, 0, 1], (3, 500))
+    mean = images.mean(0)
+    np.testing.assert_allclose(self_training._images_interval(list(images)), stats.norm(mean.mean(), stats.sem(mean)).interval(0.95), rtol=1e-5)
