@@ -43,7 +43,6 @@ from fastai.vision.all import (
     Resize,
     get_image_files,
     imagenet_stats,
-    nn,
     parent_label,
 )
 from PIL import Image
@@ -51,6 +50,7 @@ from timm.data.auto_augment import rand_augment_transform
 
 from fixmatch_fastai.all import FixMatch, FixMatchBatchTransform, FixMatchTransform, Policy, PseudoLabels, digits_path
 from fixmatch_fastai.cli import Comparison
+from fixmatch_fastai.experiment import wide_resnet
 
 HERE = Path(__file__).parent
 sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)
@@ -160,31 +160,6 @@ def views_of_448(device, times=20):
 
 
 # --- steps -------------------------------------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    "Pre-activation block of a wide residual network (Zagoruyko and Komodakis 2016)"
-
-    def __init__(self, n_in, n_out, stride):
-        super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(n_in), nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(n_out), nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
-        self.short = None if n_in == n_out and stride == 1 else nn.Conv2d(n_in, n_out, 1, stride, bias=False)
-
-    def forward(self, x):
-        h = F.leaky_relu(self.bn1(x), 0.1)
-        short = x if self.short is None else self.short(h)
-        return short + self.conv2(F.leaky_relu(self.bn2(self.conv1(h)), 0.1))
-
-
-def wide_resnet(depth=28, width=2, n_out=10):
-    "The paper's network for CIFAR-10"
-    n, layers, n_in = (depth - 4) // 6, [nn.Conv2d(3, 16, 3, 1, 1, bias=False)], 16
-    for i, n_hidden in enumerate((16, 32, 64)):
-        for j in range(n):
-            layers.append(Block(n_in, n_hidden * width, 2 if i and not j else 1))
-            n_in = n_hidden * width
-    return nn.Sequential(*layers, nn.BatchNorm2d(n_in), nn.LeakyReLU(0.1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, n_out))
 
 
 NETS = {

@@ -5,6 +5,7 @@ from fixmatch_fastai.check import fixmatch_check
 from fixmatch_fastai.checkpoint import SaveFixMatch
 from fixmatch_fastai.data import UnlabeledDL, WeakTransform, digits_path, split_labeled
 from fixmatch_fastai.ema import ModelEMA
+from fixmatch_fastai.experiment import MLflowCallback
 from fixmatch_fastai.interpret import PseudoLabelInterpretation, ShowPseudoLabels, plot_to_label, select_to_label
 from fixmatch_fastai.meta_pseudo_labels import MetaPseudoLabels
 from fixmatch_fastai.policy import (
@@ -68,7 +69,7 @@ from fixmatch_fastai.warm_start import inpainting_dls, inpainting_learner, load_
 # `DataLoaders.unlabeled_dl` and `DataLoaders.repeat_train` come with `fixmatch_fastai.data`, `Learner.fit_fixmatch` with `fixmatch_fastai.recipe`,
 # `Learner.save_weights` and `Learner.load_weights` with `fixmatch_fastai.checkpoint`
 __all__ = ['AdaMatch', 'Cutout', 'Dash', 'DebiasMatch', 'DistillationLoss', 'DistributionAlignment', 'FeatureDensity', 'FixMatch',
-           'FixMatchBatchTransform', 'FixMatchTransform', 'FixedThreshold', 'FlexMatch', 'FreeMatch', 'LogitsMSELoss', 'MCDropout',
+           'FixMatchBatchTransform', 'FixMatchTransform', 'FixedThreshold', 'FlexMatch', 'FreeMatch', 'LogitsMSELoss', 'MCDropout', 'MLflowCallback',
            'MetaPseudoLabels', 'ModelEMA', 'MultiLabelThreshold', 'NoisyStudent', 'Policy', 'PseudoLabelInterpretation', 'PseudoLabels',
            'SaveFixMatch', 'SchedPartCos', 'ScoreThreshold', 'SemiBatch', 'ShowPseudoLabels', 'SoftBCELoss', 'SoftCategoryBlock',
            'SoftCrossEntropyLoss', 'SoftFocalLoss', 'SoftMatch', 'StopOnTrouble', 'SupervisedTwin', 'TableLabels', 'UDA', 'UnlabeledDL',

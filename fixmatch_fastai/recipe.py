@@ -30,6 +30,9 @@ class NesterovSGD(OptimWrapper):
         for p in group['params']: (decayed if self.state[p].get('do_wd', True) else others).append(p)
         return {**group, 'params': decayed},{**group, 'params': others, 'weight_decay': 0.}
 
+    @property
+    def hypers(self): return [{k: v for k,v in o.items() if v is not None} for o in super().hypers] # torch's `foreach` and `fused` are None, which TensorBoard's callback can't write
+
     def _set_hyper(self, k, v): super()._set_hyper(k, [o.item() if isinstance(o, np.generic) else o for o in v]) # `torch.load` refuses a saved numpy number
 
 def nesterov_sgd(

@@ -4,13 +4,16 @@ import csv
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import tiny_net
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / 'benchmarks'))
+import cifar10  # noqa: E402
 import policies  # noqa: E402
 import speed  # noqa: E402
 
@@ -120,3 +123,63 @@ def test_rounds_and_ratios():
 def test_wide_resnet_is_the_papers():
     n = sum(p.numel() for p in speed.wide_resnet().parameters())
     assert 1.45e6 < n < 1.5e6, '1.5 million, as the paper says'
+
+
+@pytest.fixture
+def photos(tmp_path):
+    "A folder in the form of CIFAR-10: two classes, 12 images of each to train on and 4 to test on"
+    rng = np.random.default_rng(0)
+    for part, n in (('train', 12), ('test', 4)):
+        for c in ('cat', 'dog'):
+            (tmp_path / 'photos' / part / c).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / 'photos' / part / c / f'{i}.png')
+    return tmp_path / 'photos'
+
+
+def test_cifar10(photos, tmp_path, monkeypatch, capsys):
+    pytest.importorskip('omegaconf', reason='omegaconf is not installed')
+    real, measured = cifar10.measure, []
+
+    def measure(*args):
+        measured.append(real(*args))
+        return 3, 1
+
+    monkeypatch.setattr(cifar10, 'measure', measure)
+    args = [
+        '--labels',
+        '4',
+        '--images',
+        str(photos),
+        '--network',
+        'wrn_10_1',
+        '--bs',
+        '2',
+        '--mu',
+        '2',
+        '--evals',
+        '2',
+        '--measure',
+        '2',
+        '--workers',
+        '0',
+        '--device',
+        'cpu',
+    ]
+    cifar10.main([*args, '--minutes', '1', '--out', str(tmp_path)])
+    assert measured[0][0] > 0 and measured[0][1] >= 0
+    rows = pd.read_csv(tmp_path / 'cifar10.csv')
+    assert list(rows) == cifar10.COLUMNS and len(rows) == 2
+    assert rows.step.tolist() == [rows.steps[0] // 2, rows.steps[0]] and 2 <= rows.steps[0] <= 16
+    assert (rows.labels == 4).all() and (rows.n_test == 8).all() and rows.precision[0] == 'fp32'
+    assert all(0 <= v <= 1 for k in ('accuracy', 'raw_accuracy') for v in rows[k])
+    said = capsys.readouterr().out
+    assert f'step {rows.steps[0]:>7,}' in said and f'{100 * rows.accuracy[1]:.2f} % with averaged weights' in said
+    with pytest.raises(SystemExit):
+        cifar10.main([*args, '--minutes', '0.01', '--out', str(tmp_path)])
+    assert 'give more --minutes' in capsys.readouterr().err
+
+
+def test_plan_of_cifar10():
+    "100 s, 5 evaluations of 3 s each: a tenth to spare leaves 75 s for steps of 0.1 s"
+    assert cifar10.plan(100, 0.1, 3, 5) == (750, 150)

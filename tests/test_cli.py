@@ -20,7 +20,7 @@ import torch
 from fastai.vision.all import get_image_files, load_learner, parent_label
 from safetensors.torch import load_file
 
-from fixmatch_fastai import cli, self_training
+from fixmatch_fastai import cli, experiment, self_training
 from fixmatch_fastai.all import split_labeled
 
 ROOT = Path(__file__).parent.parent
@@ -278,7 +278,7 @@ def same_runs(a, b):
 
 def interrupt(monkeypatch, at):
     "Ctrl-C in step `at` of the run, counted through all fits"
-    real, n = cli._Lines.after_batch, [0]
+    real, n = experiment._Lines.after_batch, [0]
 
     def after_batch(self):
         real(self)
@@ -286,7 +286,7 @@ def interrupt(monkeypatch, at):
         if n[0] == at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli._Lines, 'after_batch', after_batch)
+    monkeypatch.setattr(experiment._Lines, 'after_batch', after_batch)
 
 
 def head_first(self, dls, **kwargs):
@@ -430,11 +430,11 @@ def test_all_commands_are_installed():
     ini = ConfigParser(delimiters=['='])
     ini.read(ROOT / 'settings.ini', encoding='utf-8')
     scripts = dict(o.strip().split('=') for o in ini['DEFAULT']['console_scripts'].split('\n'))
-    assert set(scripts) == {'fixmatch_train', 'fixmatch_predict', 'fixmatch_check', 'fixmatch_demo'}
+    assert set(scripts) == {'fixmatch_train', 'fixmatch_predict', 'fixmatch_check', 'fixmatch_demo', 'fixmatch_experiment'}
     for name, target in scripts.items():
         module, func = target.split(':')
         func = getattr(importlib.import_module(module), func)
-        assert name == 'fixmatch_demo' or func.__name__ == name
+        assert func.__name__ == ('main' if name in ('fixmatch_demo', 'fixmatch_experiment') else name)
 
 
 @pytest.mark.parametrize('func', [cli.fixmatch_train, cli.fixmatch_predict, cli.check_command])

@@ -33,10 +33,14 @@ def imported(module, *names):
     return res.stdout.strip()
 
 
-ROOMS = {'augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'ema', 'recipe', 'checkpoint', 'check', 'interpret', 'self_training', 'meta_pseudo_labels', 'warm_start', 'cli'}
+ROOMS = {'augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'ema', 'recipe', 'checkpoint', 'check', 'interpret',
+         'self_training', 'meta_pseudo_labels', 'warm_start', 'experiment', 'cli'}  # fmt: skip
 KNOWS = dict(
     augment=[], data=['augment'], policy=[], uncertainty=['policy'], callback=['policy', 'record'], record=['policy'],
     ema=[], recipe=[], checkpoint=['callback', 'policy', 'record', 'ema'],
+    self_training=['augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'checkpoint', 'ema'],
+    meta_pseudo_labels=['callback', 'policy', 'record'], warm_start=['augment', 'data'],
+    experiment=['augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'ema', 'recipe', 'checkpoint', 'check', 'interpret'],
 )  # fmt: skip
 
 
@@ -47,4 +51,4 @@ def test_a_room_knows_only_what_it_may(room):
 
 
 def test_the_package_loads_no_more_than_it_needs():
-    assert imported('fixmatch_fastai.all', 'accelerate', 'nbdev', 'fastai.distributed') == '[]'
+    assert imported('fixmatch_fastai.all', 'accelerate', 'nbdev', 'fastai.distributed', 'mlflow', 'omegaconf', 'tensorboard') == '[]'

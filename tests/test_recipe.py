@@ -412,3 +412,14 @@ def test_with_fixmatch(make_learner):
     quiet_fit(learn, 6, method='fit_fixmatch')
     assert len(learn.fix_match.history) == 6
     assert isinstance(learn.opt.opt, torch.optim.SGD) and isinstance(learn.model[3], nn.Linear)
+
+
+def test_tensorboard_beside_it(make_learner, tmp_path):
+    "fastai's callback writes every hyper-parameter as a number, and some of torch's are None"
+    pytest.importorskip('tensorboard')
+    from fastai.callback.tensorboard import TensorBoardCallback
+
+    learn = make_learner(opt_func=nesterov_sgd, cbs=[TensorBoardCallback(tmp_path / 'logs', trace_model=False, log_preds=False)])
+    quiet_fit(learn, 3, method='fit_fixmatch')
+    assert list((tmp_path / 'logs').iterdir()) and None not in learn.opt.hypers[0].values()
+    assert learn.opt.hypers[0]['lr'] == pytest.approx(0.03 * math.cos(7 * math.pi / 16 * 2 / 3))
