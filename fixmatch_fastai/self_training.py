@@ -401,6 +401,7 @@ def with_pseudo_labels(
     mu:float=None,       # Repeat labelled images until there is one for `mu` of the table's; default: each once
     strong=None,         # PIL → PIL callable, as `strong_augment()`, for all training images
     labeled:bool=True,   # Labelled images with their own labels too? If not, those in the table have the table's
+    bs:int=None,         # Images in a training batch; default: as `dls`, which may be few for so many
     items=None           # The images, where the table has their places and no files
 )->DataLoaders: # Targets are (B, C) in training where the table has probabilities
     "`dls` whose training images are the labelled ones and those of the table"
@@ -408,12 +409,13 @@ def with_pseudo_labels(
     without = set(_items(dls.valid.dataset)) | (set(_items(train)) if labeled else set())
     if items is None and not all(isinstance(o, (str,Path)) for o in table.file): raise ValueError("The table has places and no files: give the images with `items`.")
     table = table[[str(o) not in without for o in table.file]]
+    if bs is not None and not (isinstance(bs, int) and bs > 0): raise ValueError(f"`bs` is a number of images, 1 or more, but got {bs}.")
     if len(table) == 0: raise ValueError("No row of the table is left to train on: it is empty, or holds labelled and validation images only.")
     targets = _targets(table, dls.vocab)
     n = len(train)*labeled
     times = max(1, round(len(table)/mu/n)) if mu and n else 1
     mixed = MixedImages(train, np.tile(np.arange(n), times), _pool(dls.valid.dataset, table.file, items), targets)
-    new = dls.train.new(mixed)
+    new = dls.train.new(mixed, **({} if bs is None else dict(bs=bs)))
     if strong is not None: new.after_item = Pipeline([*new.after_item.fs, WeakTransform(strong)])
     return type(dls)(new, *[dl.new() for dl in dls.loaders[1:]], path=dls.path, device=dls.device)
 
@@ -473,6 +475,7 @@ class NoisyStudent:
         balance:bool=True,    # The same number of pseudo-labels for each class?
         soft:bool=True,       # Train on probabilities?
         threshold:float=0.3,  # Smallest confidence of a pseudo-label, 0 to 1
+        bs:int=None,          # Images in a student's batch; default: as the teacher's `dls`
         mu:float=None,        # Pseudo-labels for each labelled image, which is repeated to that end; default: each labelled image once
         strong=None,          # PIL → PIL callable for all of the student's images, as `strong_augment()`; default: those of the teacher's `dls` alone
         dropout:float=0.5,    # Before the classifier, 0 to below 1
@@ -482,7 +485,7 @@ class NoisyStudent:
         if not isinstance(rounds, int) or rounds < 1: raise ValueError(f"`rounds` must be a whole number, 1 or more, but got {rounds}.")
         if not callable(make_student): raise TypeError("`make_student` must be a function that makes a Learner of `dls`, as `lambda dls: vision_learner(dls, resnet34, metrics=accuracy)`.")
         _vocab(teacher)
-        self.teacher,self.make_student,self.items,self.rounds,self.balance,self.soft,self.threshold,self.mu = teacher,make_student,unlabeled_items,rounds,balance,soft,threshold,mu
+        self.teacher,self.make_student,self.items,self.rounds,self.balance,self.soft,self.threshold,self.bs,self.mu = teacher,make_student,unlabeled_items,rounds,balance,soft,threshold,bs,mu
         self.strong,self.dropout,self.drop_path,self.label_func = strong,dropout,drop_path,label_func
         self.dls,self._done = teacher.dls,[]
 
@@ -497,7 +500,7 @@ class NoisyStudent:
         return self._done[-1][1] if self._done else self.teacher
 
     def _student(self, table):
-        dls = with_pseudo_labels(self.dls, balance_classes(table) if self.balance else table, self.mu, self.strong, items=self.items)
+        dls = with_pseudo_labels(self.dls, balance_classes(table) if self.balance else table, self.mu, self.strong, bs=self.bs, items=self.items)
         student = self.make_student(dls)
         if self.soft: _check_takes_soft(student)
         if self.dropout: add_dropout(student.model, self.dropout)
@@ -523,13 +526,14 @@ def self_distill(
     make_student,          # `dls` to a fresh `Learner` of the same architecture
     fit,                   # How to train it, as `lambda learn: learn.fit_one_cycle(5, 3e-3)`
     items:list=None,       # Images to learn from; default: the labelled training images
-    rounds:int=1           # How often
+    rounds:int=1,          # How often
+    bs:int=None            # Images in a student's batch; default: as the learner's `dls`
 )->Learner: # The last student
     "Train on a learner's own soft predictions"
     if not isinstance(rounds, int) or rounds < 1: raise ValueError(f"`rounds` must be a whole number, 1 or more, but got {rounds}.")
     dls,items = learn.dls,list(learn.dls.train.dataset.items) if items is None else items
     for _ in range(rounds):
-        student = make_student(with_pseudo_labels(dls, pseudo_label(learn, items, soft=True), labeled=False, items=items))
+        student = make_student(with_pseudo_labels(dls, pseudo_label(learn, items, soft=True), labeled=False, bs=bs, items=items))
         _check_takes_soft(student)
         fit(student)
         learn = student
@@ -542,11 +546,12 @@ def semi_weak(
     unlabeled_items:list, # Images, in any form the teacher's `DataLoaders` open
     fit,                  # How to train on pseudo-labels, as `lambda learn: learn.fit_one_cycle(5, 3e-3)`
     fine_tune,            # How to train on the labels after that, as `lambda learn: learn.fit_one_cycle(2, 1e-3)`
-    k:int=16              # Pseudo-labels of each class, 1 or more
+    k:int=16,             # Pseudo-labels of each class, 1 or more
+    bs:int=None           # Images in a batch of pseudo-labels; default: as the teacher's `dls`
 )->Learner: # The student
     "Train on the most confident pseudo-labels of each class, then on the labels"
     table = pseudo_label(teacher, unlabeled_items, top_k_per_class=k)
-    student = make_student(with_pseudo_labels(teacher.dls, table, labeled=False, items=unlabeled_items))
+    student = make_student(with_pseudo_labels(teacher.dls, table, labeled=False, bs=bs, items=unlabeled_items))
     fit(student)
     student.dls = teacher.dls
     fine_tune(student)
@@ -641,7 +646,7 @@ def _sentences(n, o, methods):
     yield (f'{n} labels: ' if n else '') + f"mean ± standard deviation of {many(o['seeds'], 'seed')}, {many(o['images'], 'validation image')}"
     for m in methods: yield f"{m:<12}{_pm(o[f'{m} mean'], o[f'{m} std'])} %"
     yield f"{'difference':<12}{_pm(o['difference'], o['difference std'], '+6.1f')}   better in {int(o['better'])} of {int(o['seeds'])}" + (f'; 95 % interval {between}' if between else '')
-    if math.isinf(o['worth']): yield f"{'worth':<12}more labels than were tried"
+    if math.isinf(o['worth']): yield f"{'worth':<12}  more labels than were tried"
     elif not math.isnan(o['worth']): yield f"{'worth':<12}{o['worth']:6.0f} labels without unlabelled images"
 
 @patch

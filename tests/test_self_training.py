@@ -298,6 +298,10 @@ def test_labelled_images_keep_their_labels(teacher, pool):
     x, y = dls.one_batch()
     assert y.shape == (4, 10) and dls.train.n_batches == 20  # `repeat_train` stays
     assert dls.vocab == teacher.dls.vocab and dls.c == 10
+    many = with_pseudo_labels(teacher.dls, table, bs=32)
+    assert many.one_batch()[1].shape == (32, 10) and many.train.n_batches == 20 and many.valid.bs == teacher.dls.valid.bs
+    with pytest.raises(ValueError, match='`bs` is a number of images'):
+        with_pseudo_labels(teacher.dls, table, bs=0)
 
 
 def test_noise_is_for_training_images_alone(teacher, pool):
