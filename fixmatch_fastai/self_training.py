@@ -92,28 +92,33 @@ def _mark(learn, items, *options):
     for k,o in learn.model.state_dict().items(): mark = zlib.crc32(o.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() if o.numel() else k.encode(), mark)
     return mark
 
-# %% ../nbs/11_self_training.ipynb #a9fc0e03
+# %% ../nbs/11_self_training.ipynb #acd2fa1c
 class _Rows:
-    "A row for each image in the order of the images; those that are known stand in `file` as well, where there is one"
+    "What is known of each image, in their order: `target` and `confidence`, and where labels are soft `columns`; in `file` as well, where there is one"
     def __init__(self, n, n_columns, file=None):
-        self.rows,self.done,self.file = np.zeros(n, [('target','i4'),('confidence','f4'),('columns','f4',(n_columns,))]),0,file
+        self.rows,self.columns,self.done,self.file = np.zeros(n, [('target','i4'),('confidence','f4')]),np.zeros((n,n_columns), 'f4'),0,file
         if file is None: return
-        if file.exists():
-            known = np.fromfile(file, self.rows.dtype)[:n] # of a row that is not whole nothing is read
-            self.done = len(known)
-            self.rows[:self.done] = known
+        if file.exists(): self._read(np.dtype([('row',self.rows.dtype), ('columns','f4',(n_columns,))]))
         self.stream = file.open('r+b' if file.exists() else 'wb')
-        self.stream.truncate(self.done*self.rows.itemsize)
+        self.stream.truncate(self.done*(self.rows.itemsize+4*n_columns))
         self.stream.seek(0, os.SEEK_END)
+
+    def _read(self, dtype):
+        "A few at a time, as all do not fit in memory twice; of a row that is not whole nothing is read"
+        with self.file.open('rb') as f:
+            while len(known := np.fromfile(f, dtype, 256)):
+                at = slice(self.done, self.done+len(known))
+                self.rows[at],self.columns[at] = known['row'],known['columns']
+                self.done += len(known)
 
     def add(self, probs, columns):
         "The next image; `None` for one that can't be opened"
-        row = self.rows[self.done:self.done+1]
+        row,k = self.rows[self.done:self.done+1],self.done
         if probs is None: row['target'] = -1
         else: row['confidence'],row['target'] = (float(o) for o in probs.max(0))
-        if probs is not None and row['columns'].size: row['columns'] = columns.numpy()
+        if probs is not None and self.columns.shape[1]: self.columns[k] = columns.numpy()
         self.done += 1
-        if self.file is not None: self.stream.write(row.tobytes())
+        if self.file is not None: self.stream.write(row.tobytes()+self.columns[k].tobytes())
 
     def close(self):
         if self.file is not None: self.stream.close()
@@ -138,12 +143,12 @@ def _check_table_options(items, threshold, top_k_per_class, soft, tta):
     if tta and soft == 'logits': raise ValueError("With `tta` probabilities are averaged, so there are no logits: use `soft=True`.")
 
 def _table(items, rows, kept, vocab, soft):
-    "The kept rows as a DataFrame"
-    get = items.index.__getitem__ if hasattr(items, 'iloc') else lambda i: _name(items[i], i)
-    df = pd.DataFrame(dict(file=[get(i) for i in kept.tolist()], predicted=[vocab[i] for i in rows['target'][kept].tolist()], confidence=rows['confidence'][kept]))
-    if not soft: return df
+    "The kept rows as a DataFrame, of which soft labels are one block that is not copied"
     name = 'logit' if soft == 'logits' else 'prob'
-    return pd.concat([df, pd.DataFrame(rows['columns'][kept], columns=[f'{name}_{o}' for o in vocab])], axis=1)
+    df = pd.DataFrame(rows.columns if len(kept) == len(rows.rows) else rows.columns[kept], columns=[f'{name}_{o}' for o in vocab]*bool(soft), copy=False)
+    get = items.index.__getitem__ if hasattr(items, 'iloc') else lambda i: _name(items[i], i)
+    for k,v in enumerate((('file',[get(i) for i in kept.tolist()]), ('predicted',[vocab[i] for i in rows.rows['target'][kept].tolist()]), ('confidence',rows.rows['confidence'][kept]))): df.insert(k, *v)
+    return df
 
 # %% ../nbs/11_self_training.ipynb #d8567225
 def pseudo_label(
@@ -174,10 +179,10 @@ def pseudo_label(
             elif len(o) != len(vocab): raise ValueError(f"The model has {len(o)} outputs, but there are {len(vocab)} classes: train a model with {len(vocab)} outputs.")
             rows.add(o.softmax(0) if o is not None and soft == 'logits' else o, o)
     finally: rows.close()
-    df = _table(items, rows.rows, _kept(rows.rows, threshold, top_k_per_class), vocab, soft)
+    df = _table(items, rows, _kept(rows.rows, threshold, top_k_per_class), vocab, soft)
     _warn_of_table(df, rows.rows, damaged, items, threshold)
     if out is not None:
-        with _replacing(out) as tmp: df.to_csv(tmp, index=False)
+        with _replacing(out) as tmp: df.to_csv(tmp, index=False, chunksize=max(1, 20_000//df.shape[1])) # text is large
         part.unlink()
     return df
 
@@ -389,7 +394,7 @@ def _targets(table, vocab):
         o2i = {str(o): i for i,o in enumerate(vocab)}
         return torch.tensor([o2i[str(o)] for o in table.predicted], dtype=torch.long)
     if columns != [f'prob_{o}' for o in vocab]: raise ValueError(f"The table has probabilities of {len(columns)} classes, {columns[0]} to {columns[-1]}, but the DataLoaders have {len(vocab)}, {vocab[0]} to {vocab[-1]}: make it with a learner of the same classes.")
-    return torch.from_numpy(table[columns].to_numpy('float32'))
+    return torch.tensor(table[columns].to_numpy('float32'))
 
 def _pool(valid, files, items):
     if hasattr(items, 'iloc'): return test_set(valid, items.loc[list(files)])
@@ -531,7 +536,7 @@ def self_distill(
 )->Learner: # The last student
     "Train on a learner's own soft predictions"
     if not isinstance(rounds, int) or rounds < 1: raise ValueError(f"`rounds` must be a whole number, 1 or more, but got {rounds}.")
-    dls,items = learn.dls,list(learn.dls.train.dataset.items) if items is None else items
+    dls,items = learn.dls,learn.dls.train.dataset.items if items is None else items
     for _ in range(rounds):
         student = make_student(with_pseudo_labels(dls, pseudo_label(learn, items, soft=True), labeled=False, bs=bs, items=items))
         _check_takes_soft(student)
@@ -677,14 +682,14 @@ def _run(self:SupervisedTwin, make_learner, unlabeled_dl, method, fit, seed, n_l
     if not isinstance(learn, Learner): raise TypeError(f"`make_learner` must return a Learner, but it returned a {type(learn).__name__}.")
     if any(isinstance(o, FixMatch) for o in learn.cbs): raise ValueError("`make_learner` must make a learner without FixMatch: the twin adds it to one of the two.")
     if semi: learn.add_cb(_semi(unlabeled_dl, method, learn, **known))
-    steps,start = _Steps(),time.perf_counter()
+    steps,start = _CountSteps(),time.perf_counter()
     set_seed(seed) # what making them draws is not the same in both
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(steps): fit(learn)
     seconds,curve,right = round(time.perf_counter()-start, 1),_curve(learn),_right(learn)
     self.rows.append(dict(n_labels=n_labels, seed=seed, method=self.methods[semi], accuracy=float(right.mean()), steps=steps.n, seconds=seconds, right=right, curve=curve))
     if semi: self.learn = learn
 
-class _Steps(Callback):
+class _CountSteps(Callback): # a callback's name is an attribute of the learner, and `_steps` is one of the recorder's
     "Counts steps of all fits"
     run_valid,n = False,0
     def after_step(self): self.n += 1

@@ -1,6 +1,8 @@
 "Tables of pseudo-labels, soft labels, teachers and students, and the supervised twin"
 
 import shutil
+import tracemalloc
+import warnings
 from functools import partial
 
 import numpy as np
@@ -559,3 +561,46 @@ def test_intervals_are_scipys():
     images = np.random.default_rng(0).choice([-1.0, 0, 0, 1], (3, 500))
     mean = images.mean(0)
     np.testing.assert_allclose(self_training._images_interval(list(images)), stats.norm(mean.mean(), stats.sem(mean)).interval(0.95), rtol=1e-5)
+
+
+def test_the_comparison_warns_of_nothing(arms):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        compare_supervised(*arms, seeds=1, fit=FIT, progress=False)
+
+
+def test_many_soft_labels_are_in_memory_once(teacher, pool, monkeypatch, tmp_path):
+    "1,000 images and 1,000 classes are 4 MB; text of some rows comes on top"
+    n, c = 1000, 1000
+    probs = torch.full((c,), 1 / c)
+
+    def predictions(learn, items, *args):
+        yield from ((i, probs, None) for i in range(len(items)))
+
+    monkeypatch.setattr(self_training, 'predictions', predictions)
+    monkeypatch.setattr(self_training, '_vocab', lambda learn: [str(i) for i in range(c)])
+    items = [pool[0]] * n
+    for stop in (n // 2, n):  # the second call goes on
+        monkeypatch.setattr(self_training._Rows, 'add', interrupted_after(self_training._Rows.add, stop) if stop < n else original)
+        tracemalloc.start()
+        try:
+            with teacher.no_bar():
+                pseudo_label(teacher, items, soft=True, out=tmp_path / 't.csv')
+        except KeyboardInterrupt:
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert 4e6 < peak < 10e6, f'{peak / 1e6:.1f} MB'
+    assert len(read_pseudo_labels(tmp_path / 't.csv')) == n
+
+
+original = self_training._Rows.add
+
+
+def interrupted_after(add, n):
+    def interrupted(self, *args):
+        if self.done == n:
+            raise KeyboardInterrupt
+        add(self, *args)
+
+    return interrupted
