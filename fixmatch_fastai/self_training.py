@@ -331,7 +331,7 @@ class SoftCategorize(Transform):
     def encodes(self, o):
         if isinstance(o, (np.ndarray,Tensor)) and o.ndim == 1:
             if len(o) != self.c: raise ValueError(f"A soft label needs a number for each of the {self.c} classes, but has {len(o)}.")
-            return SoftCategory(torch.as_tensor(np.asarray(o), dtype=torch.float32))
+            return SoftCategory(torch.tensor(np.asarray(o), dtype=torch.float32))
         if o not in self.vocab.o2i: raise ValueError(f"The label {o!r} is not among the classes {', '.join(map(repr, self.vocab[:5]))}{' ...'*(self.c > 5)}: give `SoftCategoryBlock` the classes of the teacher, `learn.dls.vocab`.")
         return SoftCategory(F.one_hot(torch.tensor(self.vocab.o2i[o]), self.c).float())
 
