@@ -35,7 +35,7 @@ COLUMNS = ['images', 'labels', 'steps', 'method', 'seed', 'accuracy', 'pseudo_ac
 
 ABOUT = """# Self-training, measured
 
-`make bench-self-training` prints this page; every run is a line of `benchmarks/self_training.csv`. The images are the digits that come with scikit-learn. All methods get the same labels, the same small network (two convolutions), Adam with one cycle up to a learning rate of 0.01, and as many steps for the network that is judged; teachers and warm starts come on top, as the column *steps in all* says. FixMatch's steps see 16 labelled and 112 unlabelled images (each twice), students' steps 64 images; the supervised steps 16. The pool holds the labelled images too.
+`make bench-self-training` prints this page; every run is a line of `benchmarks/self_training.csv`. The images are the digits that come with scikit-learn. All methods get the same labels, the same small network (two convolutions), Adam with one cycle up to a learning rate of 0.01, the same starting weights and as many steps for the network that is judged; teachers and warm starts come on top, as the column *steps in all* says. FixMatch's steps see 16 labelled and 112 unlabelled images (each twice), students' steps 64 images; the supervised steps 16. The pool holds the labelled images too.
 
 | method | what it is |
 | --- | --- |
@@ -51,8 +51,6 @@ ABOUT = """# Self-training, measured
 | rotation, FixMatch | that body, then `FixMatch` |
 
 The network and the learning rate are those of `make demo`, which were settled by looking at supervised training and FixMatch with 40 digits; the settings of the other methods are written in the table and were not tuned. Runs as short as these say how methods start, not how they end.
-
-What did not help here: self-distillation on the labelled images alone, and a start from rotations, before the labels or before FixMatch, are within what other seeds would change. Pseudo-labels that are made once help less than those that FixMatch makes anew in each step. Noisy Student comes to FixMatch's accuracy with 20 labels, with three times the steps, and not with 40. Meta Pseudo Labels is best with 20 labels, but its teacher also learns by UDA, with a lower threshold than FixMatch's, and [a run without its signal](../nbs/11a_meta_pseudo_labels.ipynb) is as good: the gain need not be the signal's.
 """
 
 
@@ -64,7 +62,7 @@ class Methods:
 
     @property
     def pool(self):
-        return self.learner(True).fix_match._unlabeled_dl.dataset.items
+        return self.comparison.pool(self.seed)
 
     def learner(self, semi=False):
         return self.comparison.learner(self.seed, semi)
@@ -81,12 +79,14 @@ class Methods:
         return self.fit(learn, 0.1, self.comparison.lr / 10)
 
     def student(self, dls):
-        "A fresh network, with four times the images in a step"
-        set_seed(self.seed + 1000)
+        "A fresh network for images with pseudo-labels"
         learn = self.learner()
-        dls.loaders[0] = dls.train.new(bs=4 * self.comparison.bs)
         learn.dls, learn.loss_func = dls, dls.train_ds.loss_func
         return learn
+
+    @property
+    def student_bs(self):
+        return 4 * self.comparison.bs
 
     def teacher(self):
         return self.fit(self.learner())
@@ -96,20 +96,20 @@ class Methods:
 
     def pseudo_labels(self):
         teacher = self.teacher()
-        return self.fit(self.student(with_pseudo_labels(teacher.dls, pseudo_label(teacher, self.pool, threshold=0.95))))
+        return self.fit(self.student(with_pseudo_labels(teacher.dls, pseudo_label(teacher, self.pool, threshold=0.95), bs=self.student_bs)))
 
     def self_distillation(self):
-        return self_distill(self.teacher(), self.student, self.fit)
+        return self_distill(self.teacher(), self.student, self.fit, bs=self.student_bs)
 
     def self_distillation_pool(self):
-        return self_distill(self.teacher(), self.student, self.fit, items=self.pool)
+        return self_distill(self.teacher(), self.student, self.fit, items=self.pool, bs=self.student_bs)
 
     def semi_weak(self):
-        return semi_weak(self.teacher(), self.student, self.pool, lambda o: self.fit(o, 0.9), self.last_tenth, k=40)
+        return semi_weak(self.teacher(), self.student, self.pool, lambda o: self.fit(o, 0.9), self.last_tenth, k=40, bs=self.student_bs)
 
     def noisy_student(self):
         strong = FixMatchTransform(weak=self.comparison.weak).strong
-        return NoisyStudent(self.teacher(), self.student, self.pool, rounds=2, strong=strong, dropout=0.2).fit(self.fit)
+        return NoisyStudent(self.teacher(), self.student, self.pool, rounds=2, bs=self.student_bs, strong=strong, dropout=0.2).fit(self.fit)
 
     def meta_pseudo_labels(self):
         learn = self.learner()
@@ -123,12 +123,9 @@ class Methods:
     def body(self):
         "Trained to tell turns"
         learn = self.learner()
-        turns = rotation_dls(self.pool, learn.dls, bs=128)
-        set_seed(self.seed)
-        pretext = self.learner()
-        pretext.model = small_cnn(1, 4)
-        pretext.dls = turns
-        return self.fit(pretext)
+        learn.dls = rotation_dls(self.pool, learn.dls, bs=128)
+        learn.model = small_cnn(1, 4)
+        return self.fit(learn)
 
     def rotation_supervised(self):
         learn = self.learner()

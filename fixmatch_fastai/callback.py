@@ -94,7 +94,10 @@ class EarlyPass(Callback):
     def before_batch(self):
         for fm in self.learn._grab_cbs(FixMatch): fm._pass_weak()
 
-# %% ../nbs/04_callback.ipynb #363ad3c0
+# %% ../nbs/04_callback.ipynb #b2bb843f
+def _check_loader(dl):
+    if not hasattr(dl, '__iter__'): raise TypeError(f"`unlabeled_dl` must be a loader, but is a {type(dl).__name__}: make it with `dls.unlabeled_dl(files)`.")
+
 class FixMatch(Callback):
     "Semi-supervised training on labelled and unlabelled images ([FixMatch](https://arxiv.org/abs/2001.07685), algorithm 1)"
     # after MixUp and CutMix (0) blend the labelled batch, which must not see ours; before GradientAccumulation (6) may cancel the step
@@ -112,8 +115,7 @@ class FixMatch(Callback):
         policy:Policy=None,    # Which pseudo-labels count; default `FixedThreshold(threshold, T)`
         forward:str='joint'    # `'joint'`: labelled, weak and strong images in one pass, as in the paper; `'split'`: weak ones first, in a pass without gradient; `'selective'`: besides, only strong ones that count
     ):
-        if not hasattr(unlabeled_dl, '__iter__'):
-            raise TypeError(f"`unlabeled_dl` must be a loader, but is a {type(unlabeled_dl).__name__}: make it with `dls.unlabeled_dl(files)`.")
+        _check_loader(unlabeled_dl)
         if not all(o >= 0 for o in (map(lambda_u, (0.,.5,1.)) if callable(lambda_u) else [lambda_u])):
             raise ValueError("`lambda_u`, the weight of the unlabelled loss, must be 0 or more" + (" throughout." if callable(lambda_u) else f", but got {lambda_u}."))
         if forward not in ('joint','split','selective'): raise ValueError(f"`forward` must be 'joint', 'split' or 'selective', but got {forward!r}.")
@@ -198,15 +200,21 @@ def _interleaved(n, model):
     return None if replicas < 2 else torch.cat([torch.arange(r, n, replicas) for r in range(replicas)])
 
 @patch
-def before_batch(self:FixMatch):
-    x = self._labeled()
+def _views(self:FixMatch, x)->tuple: # `(weak, strong, truth, idxs)`; the last two may be `None`
+    "The next unlabelled batch, as images for the model that gets `x`"
     weak,strong,*known = to_device(unpack(self._next_batch()), x.device)
     # the truth of several labels is (M, C)
     truth,idxs = (o if isinstance(o, Tensor) and o.shape[:1] == weak.shape[:1] and o.ndim <= ndim else None for o,ndim in zip(known, (2,1)))
-    weak,strong = (self._finish(o).to(x.dtype) for o in (weak,strong))
+    weak,strong = (finished(o, self.dls).to(x.dtype) for o in (weak,strong))
     if weak.shape[1:] != x.shape[1:]:
         raise ValueError(f"A view is {tuple(weak.shape[1:])} (channels, height, width), but a labelled image is {tuple(x.shape[1:])}: "
                          "make the unlabelled loader from the learner's own `dls`, with `dls.unlabeled_dl(files)`, or resize its images to that size.")
+    return weak,strong,truth,idxs
+
+@patch
+def before_batch(self:FixMatch):
+    x = self._labeled()
+    weak,strong,truth,idxs = self._views(x)
     step = _Step(len(x), len(weak), truth, idxs, weak, strong)
     self._pending = self._joined(step, weak, strong) if self._forward == 'joint' else step
 

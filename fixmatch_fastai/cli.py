@@ -669,8 +669,12 @@ class Comparison:
         self.img_cls = PILImageBW if Image.open(files[0]).mode == 'L' else PILImage
         self.twin = None
 
-    def _pool(self, labeled, unlabeled, seed):
-        if self.n_unlabeled is None: return labeled + unlabeled # the paper's pool holds the labelled images too
+    def pool(self,
+        seed:int # Of the run
+    )->L: # Files
+        "The unlabelled images of one run, and the labelled ones among them, as in the paper"
+        labeled,unlabeled = split_labeled(self.train, parent_label, self.n_labels, seed)
+        if self.n_unlabeled is None: return labeled + unlabeled
         if not 1 <= self.n_unlabeled <= len(unlabeled): raise ValueError(f"There are {len(unlabeled)} unlabelled images: use 1 to {len(unlabeled)} of them, not {self.n_unlabeled}.")
         return labeled + unlabeled[np.random.default_rng(seed).permutation(len(unlabeled))[:self.n_unlabeled].tolist()]
 
@@ -686,8 +690,7 @@ class Comparison:
         return Learner(dls, small_cnn(n_in, dls.c), metrics=accuracy)
 
     def _unlabeled_dl(self, dls, seed):
-        pool = self._pool(*split_labeled(self.train, parent_label, self.n_labels, seed), seed)
-        return dls.unlabeled_dl(pool, mu=self.mu, tfm=FixMatchTransform(weak=self.weak), label_func=parent_label, num_workers=self.num_workers)
+        return dls.unlabeled_dl(self.pool(seed), mu=self.mu, tfm=FixMatchTransform(weak=self.weak), label_func=parent_label, num_workers=self.num_workers)
 
     def _fix_match(self, unlabeled_dl): return FixMatch(unlabeled_dl, threshold=self.threshold)
 

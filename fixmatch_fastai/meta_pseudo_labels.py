@@ -22,7 +22,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_basics import Tensor, cast, get_model, nn, norm_bias_params, patch, to_device, trainable_params
 from torch.amp import GradScaler
 
-from .callback import FixMatch, OneCallLoss, _as_in_validation, _said, _tells_truth, finished, own_loss, unpack
+from .callback import FixMatch, OneCallLoss, _as_in_validation, _check_loader, _said, _tells_truth, own_loss
 from .policy import UDA, SemiBatch
 from .record import SemiRecorder
 
@@ -109,8 +109,7 @@ class MetaPseudoLabels(Callback):
         wd:float=None                # The teacher's weight decay; default: the student's
     ):
         if not isinstance(teacher, nn.Module): raise TypeError(f"`teacher` must be a model, but is a {type(teacher).__name__}: of a Learner give `learn.model`.")
-        if not hasattr(unlabeled_dl, '__iter__'):
-            raise TypeError(f"`unlabeled_dl` must be a loader, but is a {type(unlabeled_dl).__name__}: make it with `dls.unlabeled_dl(files)`.")
+        _check_loader(unlabeled_dl)
         if not 0 <= decay < 1: raise ValueError(f"`decay` must be 0 or more and below 1, but got {decay}.")
         if not 0 <= label_smoothing < 1: raise ValueError(f"`label_smoothing` must be 0 or more and below 1, but got {label_smoothing}.")
         self._lambda_u = _check_number('lambda_u', lambda_u, 0, float('inf'), 'the weight of the UDA loss, 0 or more')
@@ -143,17 +142,13 @@ def _labeled(self:MetaPseudoLabels)->tuple: # Images (B, channels, H, W) and cla
     if not isinstance(x, Tensor) or not x.is_floating_point(): raise ValueError(f"Labelled images must be float tensors, but are {_said(x)}: normalise them in the data set's transform, or add `IntToFloatTensor` to the batch transforms.")
     return cast(x, Tensor),cast(y, Tensor)
 
-MetaPseudoLabels._next_batch = FixMatch._next_batch # of the same stream, with the same care for interrupts
+MetaPseudoLabels._next_batch,MetaPseudoLabels._views = FixMatch._next_batch,FixMatch._views # of the same stream, with the same care for interrupts
 
 @patch
 def before_batch(self:MetaPseudoLabels):
     x,y = self._labeled()
-    weak,strong,truth,_ = to_device(unpack(self._next_batch()), x.device)
-    weak,strong = (finished(o, self.dls).to(x.dtype) for o in (weak,strong))
-    if weak.shape[1:] != x.shape[1:]:
-        raise ValueError(f"A view is {tuple(weak.shape[1:])} (channels, height, width), but a labelled image is {tuple(x.shape[1:])}: "
-                         "make the unlabelled loader from the learner's own `dls`, with `dls.unlabeled_dl(files)`, or resize its images to that size.")
-    truth = truth if isinstance(truth, Tensor) and truth.shape == weak.shape[:1] else None
+    weak,strong,truth,_ = self._views(x)
+    if truth is not None and truth.ndim > 1: truth = None # of several labels
     self._pending,self._lesson,self._before = _Step(len(x), weak, strong, truth),None,None
     self.learn.xb = (torch.cat([x, strong]),)
 

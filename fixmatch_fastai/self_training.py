@@ -187,10 +187,11 @@ def pseudo_label(
     return df
 
 def _warn_of_table(df, rows, damaged, items, threshold):
-    n = int((rows['target'] < 0).sum())
-    if damaged:
-        i = next(iter(damaged))
-        warnings.warn(f"{n:,} of {len(rows):,} images can't be opened and are left out, such as {_name(items.iloc[i] if hasattr(items, 'iloc') else items[i], i)} ({damaged[i]}).", stacklevel=3)
+    left_out = np.flatnonzero(rows['target'] < 0)
+    if len(left_out):
+        i = next(iter(damaged), left_out[0].item())
+        why = damaged.get(i, 'found by an earlier call')
+        warnings.warn(f"{len(left_out):,} of {len(rows):,} images can't be opened and are left out, such as {_name(items.iloc[i] if hasattr(items, 'iloc') else items[i], i)} ({why}).", stacklevel=3)
     if len(df) == 0: warnings.warn(f"No pseudo-label is kept: the largest confidence is {rows['confidence'].max():.3f}" + (f", and `threshold` is {threshold}." if threshold else "."), stacklevel=3)
 
 # %% ../nbs/11_self_training.ipynb #39db56c0
@@ -210,6 +211,7 @@ def read_pseudo_labels(
 class SoftLoss(nn.Module):
     "What losses for soft labels have in common: a loss for each image, (B,), in float32, from logits (B, C) and targets (B, C) or classes (B,)"
     y_int = False # `MixUp` blends such targets themselves
+    _asked = False
     kind = 'rows of probabilities that sum to 1'
     def __init__(self,
         reduction:str='mean' # `'mean'`, `'sum'` or `'none'`
@@ -229,7 +231,8 @@ class SoftLoss(nn.Module):
         if targ.ndim == 1 and not targ.is_floating_point(): return self.of_classes(targ, pred.shape[1])
         if targ.shape != pred.shape: raise ValueError(f"{type(self).__name__} needs {self.kind}, (images, classes) as the logits {tuple(pred.shape)}, or class numbers ({len(pred)},), but the target is {tuple(targ.shape)}.")
         targ = targ.float()
-        if not self.suits(targ): raise ValueError(f"{type(self).__name__} needs {self.kind}, but the target has rows like {[round(o, 2) for o in targ[0, :4].tolist()]}{' ...'*(targ.shape[1] > 4)}: {self.advice}.")
+        if (targ.is_cpu or not self._asked) and not self.suits(targ): raise ValueError(f"{type(self).__name__} needs {self.kind}, but the target has rows like {[round(o, 2) for o in targ[0, :4].tolist()]}{' ...'*(targ.shape[1] > 4)}: {self.advice}.")
+        self._asked = True
         return targ
 
     def of_classes(self, targ, n): return F.one_hot(targ, n).float()
@@ -400,6 +403,11 @@ def _pool(valid, files, items):
     if hasattr(items, 'iloc'): return test_set(valid, items.loc[list(files)])
     return test_set(valid, [Path(o) if isinstance(o, str) else o if isinstance(o, Path) else items[o] for o in files])
 
+def _news(table, dls, labeled=True):
+    "Rows of images that are not validated on and, where these are trained on as `labeled`, not labelled already"
+    known = set(_items(dls.valid.dataset)) | (set(_items(dls.train.dataset)) if labeled else set())
+    return table[[str(o) not in known for o in table.file]]
+
 def with_pseudo_labels(
     dls:DataLoaders,     # Of labelled images; they stay as they are
     table:pd.DataFrame,  # Of `pseudo_label`
@@ -411,9 +419,8 @@ def with_pseudo_labels(
 )->DataLoaders: # Targets are (B, C) in training where the table has probabilities
     "`dls` whose training images are the labelled ones and those of the table"
     train = dls.train.dataset
-    without = set(_items(dls.valid.dataset)) | (set(_items(train)) if labeled else set())
     if items is None and not all(isinstance(o, (str,Path)) for o in table.file): raise ValueError("The table has places and no files: give the images with `items`.")
-    table = table[[str(o) not in without for o in table.file]]
+    table = _news(table, dls, labeled)
     if bs is not None and not (isinstance(bs, int) and bs > 0): raise ValueError(f"`bs` is a number of images, 1 or more, but got {bs}.")
     if len(table) == 0: raise ValueError("No row of the table is left to train on: it is empty, or holds labelled and validation images only.")
     targets = _targets(table, dls.vocab)
@@ -495,7 +502,7 @@ class NoisyStudent:
         self.dls,self._done = teacher.dls,[]
 
     @property
-    def history(self)->pd.DataFrame: # `round`; of its teacher: `pseudo_labels` (number kept), `confidence` (their mean), `pseudo_acc` (share that is right); `accuracy` on validation images after the round; round 0 is the first teacher
+    def history(self)->pd.DataFrame: # `round`; of its teacher: `pseudo_labels` (number kept, of images that are neither labelled nor validated on), `confidence` (their mean), `pseudo_acc` (share that is right); `accuracy` on validation images after the round; round 0 is the first teacher
         "A row for each round"
         return pd.DataFrame([row for row,_ in self._done])
 
@@ -518,7 +525,7 @@ class NoisyStudent:
         "Train the rounds that are left: all, or those after an interrupt"
         if not self._done: self._done.append((dict(round=0, pseudo_labels=0, confidence=None, pseudo_acc=None, accuracy=_accuracy(self.teacher)),self.teacher))
         while len(self._done) <= self.rounds:
-            table = pseudo_label(self.student, self.items, self.threshold, soft=self.soft)
+            table = _news(pseudo_label(self.student, self.items, self.threshold, soft=self.soft), self.dls)
             student = self._student(table)
             fit(student)
             row = dict(round=len(self._done), pseudo_labels=len(table), confidence=float(table.confidence.mean()), pseudo_acc=_pseudo_acc(table, self.items, self.label_func), accuracy=_accuracy(student))
@@ -562,11 +569,12 @@ def semi_weak(
     fine_tune(student)
     return student
 
-# %% ../nbs/11_self_training.ipynb #d1684241
+# %% ../nbs/11_self_training.ipynb #b78c7605
+def _takes(func, name): return any(o.kind == o.VAR_KEYWORD or o.name == name for o in inspect.signature(func).parameters.values())
+
 def _called(func, **known):
     "`func` with those of `known` that it names"
-    params = inspect.signature(func).parameters
-    return func(**(known if any(o.kind == o.VAR_KEYWORD for o in params.values()) else {k: v for k,v in known.items() if k in params}))
+    return func(**{k: v for k,v in known.items() if _takes(func, k)})
 
 def _semi(unlabeled_dl, method, learn, **known):
     "The callback of the semi-supervised arm"
@@ -703,14 +711,14 @@ def compare_supervised(
     fit=None,           # How to train either, default `lambda learn: learn.fit_one_cycle(5)`
     method=FixMatch,    # The callback of the semi-supervised arm, made of `unlabeled_dl`: for example `lambda dl: FixMatch(dl, policy=FlexMatch())`
     name:str='FixMatch',# What it is called in tables
-    out:Path=None,      # A JSON file that keeps finished runs; an interrupted call goes on where it was
+    out:Path=None,      # A JSON file that keeps finished runs, one for each comparison; an interrupted call goes on where it was
     progress:bool=True  # Show a bar of the runs?
-)->SupervisedTwin: # Has `.runs`, `.table()`, `.report()` and `.plot()`; `.learn` is the last semi-supervised learner
+)->SupervisedTwin: # Has `.runs`, `.table()`, `.report()` and `.plot()`; `.learn` is the semi-supervised learner that this call trained last, or `None`
     "Train with and without unlabelled images, on the same labels and with as many steps, and compare"
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     counts = [None] if n_labels is None else [n_labels] if isinstance(n_labels, int) else list(n_labels)
     if not seeds or not counts: raise ValueError("There is nothing to compare: give one seed or more, and one number of labels or more.")
-    if n_labels is not None and 'n_labels' not in inspect.signature(make_learner).parameters: raise ValueError("With `n_labels`, `make_learner` must take it: write `def make_learner(n_labels, seed): ...`.")
+    if n_labels is not None and not _takes(make_learner, 'n_labels'): raise ValueError("With `n_labels`, `make_learner` must take it: write `def make_learner(n_labels, seed): ...`.")
     twin,out = SupervisedTwin(name),None if out is None else Path(out)
     counts = [0 if o is None else o for o in counts]
     if out is not None and out.exists(): twin._read(out)

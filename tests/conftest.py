@@ -64,6 +64,20 @@ class Seen(Callback):
             self.grads = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
 
 
+class Raise(Callback):
+    "Raises `exc` the second time `event` comes (the first, where it comes once a fit), before or after all others"
+
+    def __init__(self, event, exc, order=-20, times=None):
+        self._event, self._exc, self.order, self._n = event, exc, order, 0
+        self._when = times or (1 if event in ('before_fit', 'after_fit') else 2)
+
+    def __call__(self, event_name):
+        if event_name == self._event:
+            self._n += 1
+            if self._n == self._when:
+                raise self._exc('stop')
+
+
 def quiet_fit(learn, *args, method='fit', **kwargs):
     with learn.no_bar(), learn.no_logging():
         return getattr(learn, method)(*args, **kwargs)

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import no_bn, quiet_fit, tiny_net
+from conftest import Raise, no_bn, quiet_fit, tiny_net
 from fastai.callback.core import _events
 from fastai.callback.hook import ActivationStats
 from fastai.vision.all import (
@@ -82,20 +82,6 @@ class Steps(Callback):
             self.after.append(params(self.learn.model))
 
         opt.step = step
-
-
-class Raise(Callback):
-    "Raises `exc` the second time `event` comes (the first, where it comes once a fit), before or after all others"
-
-    def __init__(self, event, exc, order=-20, times=None):
-        self._event, self._exc, self.order, self._n = event, exc, order, 0
-        self._when = times or (1 if event in ('before_fit', 'after_fit') else 2)
-
-    def __call__(self, event_name):
-        if event_name == self._event:
-            self._n += 1
-            if self._n == self._when:
-                raise self._exc('stop')
 
 
 def by_hand(start, steps, decay):

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from conftest import quiet_fit
+from conftest import Raise, quiet_fit
 from fastai.callback.core import _events
 from fastai.vision.all import (
     Callback,
@@ -37,19 +37,6 @@ CANCELS = [
     CancelValidException,
 ]
 EVENTS = [e for e in _events if e != 'after_create']
-
-
-class Raise(Callback):
-    "Raises `exc` the second time `event` comes (the first, where it comes once a fit), before or after all others"
-
-    def __init__(self, event, exc, order):
-        self._event, self._exc, self.order, self._times = event, exc, order, 0
-
-    def __call__(self, event_name):
-        if event_name == self._event:
-            self._times += 1
-            if self._times == (1 if event_name in ('before_fit', 'after_fit') else 2):
-                raise self._exc('stop')
 
 
 def usable(learn, item):

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import no_bn, quiet_fit, tiny_net
+from conftest import Raise, no_bn, quiet_fit, tiny_net
 from fastai.callback.core import _events
 from fastai.vision.all import (
     Adam,
@@ -239,19 +239,6 @@ def usable(learn, item):
     assert len(mpl.history) == 6 and [len(v) for v in learn.recorder.values] == [6, 6]
     assert mpl._stream is None and mpl._lesson is None and not multiprocessing.active_children()
     assert all(m.track_running_stats for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d))
-
-
-class Raise(Callback):
-    "Raises `exc` the second time `event` comes (the first, where it comes once a fit)"
-
-    def __init__(self, event, exc, order):
-        self._event, self._exc, self.order, self._times = event, exc, order, 0
-
-    def __call__(self, event_name):
-        if event_name == self._event:
-            self._times += 1
-            if self._times == (1 if event_name in ('before_fit', 'after_fit') else 2):
-                raise self._exc('stop')
 
 
 @pytest.mark.parametrize('order', [-20, 55], ids=['first', 'last'])

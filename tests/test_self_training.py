@@ -167,6 +167,17 @@ def test_damaged_images_are_left_out(teacher, pool, tmp_path):
     pd.testing.assert_frame_equal(df, pseudo_label(teacher, pool[:10]))
 
 
+def test_damaged_images_of_an_earlier_call_are_told(teacher, pool, tmp_path, monkeypatch):
+    bad, out = tmp_path / 'bad.png', tmp_path / 't.csv'
+    bad.write_bytes(b'no image')
+    items = [pool[0], bad, *pool[1:10]]
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(self_training._Rows, 'add', interrupted_after(self_training._Rows.add, 5))
+        pseudo_label(teacher, items, out=out)
+    with pytest.warns(UserWarning, match=r'1 of 11 images can\'t be opened .*bad\.png \(found by an earlier call\)'):
+        pd.testing.assert_frame_equal(pseudo_label(teacher, items, out=out), pseudo_label(teacher, pool[:10]))
+
+
 def test_nothing_kept_is_said(teacher, pool):
     with pytest.warns(UserWarning, match='No pseudo-label is kept: the largest confidence is 0'):
         assert len(pseudo_label(teacher, pool, threshold=1.0)) == 0
@@ -259,6 +270,20 @@ def test_probabilities_of_0_and_1_are_finite(cls):
     loss = cls()(pred, torch.tensor([[0.0, 0, 1], [1, 0, 0]]))
     loss.backward()
     assert loss.isfinite() and pred.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('cls,good,bad', [(o, 0.25, 0.7) for o in LOSSES[:3]] + [(SoftBCELoss, 0.7, 2.0), (LogitsMSELoss, 3.0, 0.25)])
+def test_on_a_device_only_the_first_batch_is_asked(cls, good, bad):
+    "`meta` tensors have no values: to look at them is an error, as on a GPU it is a wait"
+    pred, loss = torch.randn(2, 4), cls()
+    with pytest.raises(RuntimeError):
+        loss(pred.to('meta'), torch.empty(2, 4, device='meta'))
+    with pytest.raises(ValueError, match='but the target has rows like'):
+        loss(pred, torch.full((2, 4), bad))
+    loss(pred, torch.full((2, 4), good))
+    assert loss(pred.to('meta'), torch.empty(2, 4, device='meta')).shape == ()
+    with pytest.raises(ValueError, match='but the target has rows like'):
+        loss(pred, torch.full((2, 4), bad))
 
 
 @pytest.mark.parametrize('cls', LOSSES)
@@ -383,15 +408,18 @@ def test_rounds(teacher, pool, make):
     rounds = NoisyStudent(teacher, student, pool, rounds=2, threshold=0.0, label_func=parent_label)
     last = rounds.fit(partial(quiet_fit, n_epoch=2, lr=1e-2))
     df = rounds.history
-    assert df['round'].tolist() == [0, 1, 2] and df.pseudo_labels.tolist() == [0, 100, 100] and len(made) == 2
-    assert df.pseudo_acc[1] == pytest.approx(np.mean([parent_label(f) == p for f, p in zip(pool, pseudo_label(teacher, pool).predicted)]))
+    known = {*teacher.dls.train_ds.items, *teacher.dls.valid_ds.items}
+    news = [o for o in pool if o not in known]
+    assert 0 < len(news) < len(pool)
+    assert df['round'].tolist() == [0, 1, 2] and df.pseudo_labels.tolist() == [0, len(news), len(news)] and len(made) == 2
+    table = pseudo_label(teacher, news, soft=True)
+    assert df.pseudo_acc[1] == pytest.approx(np.mean([parent_label(f) == p for f, p in zip(news, table.predicted)]))
     with last.no_bar():
         assert df.accuracy[2] == pytest.approx(last.validate()[1])
-    per_class = torch.stack([torch.as_tensor(made[0].train_ds[i][1]) for i in range(20, len(made[0].train_ds))])
-    said = pseudo_label(teacher, pool).predicted.nunique()
-    assert len(per_class) <= round(100 / said) * said and any(
-        '_Dropout' in type(h).__name__ for m in last.model.modules() for h in m._forward_pre_hooks.values()
-    )
+    targets = torch.stack([torch.as_tensor(made[0].train_ds[i][1]) for i in range(20, len(made[0].train_ds))])
+    said, kinds = targets.argmax(1).bincount(), table.predicted.nunique()
+    assert said[said > 0].tolist() == [round(len(news) / kinds)] * kinds, 'of each class as many'
+    assert any('_Dropout' in type(h).__name__ for m in last.model.modules() for h in m._forward_pre_hooks.values())
 
 
 def test_an_interrupted_round_is_trained_again(teacher, pool, make):
@@ -534,6 +562,8 @@ def test_several_numbers_of_labels(arms):
     twin = compare_supervised(*arms, seeds=[5, 7], n_labels=[10, 40], fit=FIT, progress=False)
     assert twin.table().index.tolist() == [10, 40] and len(twin.rows) == 8
     assert '10 labels:' in repr(twin) and 'worth' in repr(twin)
+    hidden = compare_supervised(lambda **kwargs: arms[0](**kwargs), arms[1], seeds=[5], n_labels=10, fit=FIT, progress=False)
+    assert hidden.runs.accuracy.tolist() == twin.runs[(twin.runs.n_labels == 10) & (twin.runs.seed == 5)].accuracy.tolist()
     assert twin.plot().get_xscale() == 'log'
 
 
