@@ -673,10 +673,33 @@ def data_parallel(bench):
     assert isinstance(learn.model, nn.DataParallel) and learn.fix_match._set_for[1] is learn.model.module
 
 
-# two processes: tests of their own, which the page lists too
+# these have tests of their own, which the page lists too: where they are, which of them, and what they check
+SEVERAL, META = 'tests/test_multi_label.py', 'tests/test_meta_pseudo_labels.py'
 ELSEWHERE = {
-    'learn.distrib_ctx() with two processes': ('tests/test_processes.py', 'not replica and not interleaving and not launcher'),
-    'notebook_launcher': ('tests/test_processes.py', 'launcher'),
+    'learn.distrib_ctx() with two processes': (
+        'tests/test_processes.py',
+        'not replica and not interleaving and not launcher',
+        'each process has its share, and the gradients are those of one',
+    ),
+    'notebook_launcher': ('tests/test_processes.py', 'launcher', 'the same, from a notebook'),
+    'several labels in an image': (SEVERAL, 'all_of_fastai or three_forwards', 'columns, metrics, sigmoids, `export`; the three kinds of passes are equal'),
+    'several labels with MixUp, GradientAccumulation, ModelEMA, MixedPrecision': (
+        SEVERAL,
+        'beside or half_precision',
+        'the unlabelled images move the weights',
+    ),
+    'several labels and Ctrl-C': (SEVERAL, 'interrupts or resumes', 'the loss is back, and training goes on'),
+    'MetaPseudoLabels in place of FixMatch': (
+        META,
+        'by_hand or columns or monitored or lr_find or copy',
+        'equal to a loop by hand; columns, `lr_find`, copies',
+    ),
+    'MetaPseudoLabels with neighbours': (
+        META,
+        'goes_with or gradient_clip or half_precision or refuses_neighbours',
+        'they work for both networks, or are refused with a reason',
+    ),
+    'MetaPseudoLabels and Ctrl-C': (META, 'interrupt or cancel or resumes', 'at every event; both networks go on'),
 }
 
 

@@ -75,7 +75,7 @@ def measure(python):
     if status:
         sys.exit('A row fails: mend it, or say in its `broken` why it fails, before the page is written.')
     said = results(cases)
-    for name, (file, which) in ELSEWHERE.items():
+    for name, (file, which, _) in ELSEWHERE.items():
         status, cases = tests(python, file, '-k', which)
         cases = list(cases)
         if status not in (0, 5):  # 5: there is no such test
@@ -128,7 +128,7 @@ def page(data):
     says = {o.name: o.says for o in ROWS}
     for title, rows in groupby((o for o in ROWS if o.group != 'Policies'), key=lambda o: o.group):
         section(title, [o.name for o in rows], says)
-    section('Several processes', list(ELSEWHERE), {o: f'tests of their own, in `{file}`' for o, (file, _) in ELSEWHERE.items()})
+    section('With tests of their own', list(ELSEWHERE), {o: f'{what} (`{file}`)' for o, (file, _, what) in ELSEWHERE.items()})
 
     def cell(name):
         kinds = {env: of(name, env) for env in envs}
