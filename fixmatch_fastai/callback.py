@@ -165,7 +165,9 @@ def _check_target(self:FixMatch, y):
     name,several = type(self.policy).__name__,y.ndim == 2 and y.shape[1] > 1
     if not self.policy.multi_label:
         if y.ndim == 1 and not y.is_floating_point(): return
-        kind,advice = ('multi-label', "use `FixMatch(unlabeled_dl, policy=MultiLabelThreshold())`") if several else \
+        soft = several and not ((y == 0) | (y == 1)).all()
+        kind,advice = ('soft labels', "FixMatch makes its own pseudo-labels, so train it on labelled images with a CategoryBlock, without a table of pseudo-labels") if soft else \
+                      ('multi-label', "use `FixMatch(unlabeled_dl, policy=MultiLabelThreshold())`") if several else \
                       ('segmentation, a class for each pixel' if y.ndim > 2 else 'regression, or binary with one logit', "use a CategoryBlock, and a model with one logit for each class")
         raise ValueError(f"FixMatch with {name} needs one class number for each image, but the target is {_said(y)} {y.dtype}, which looks like {kind}: {advice}.")
     # whether it holds other numbers is asked once, as it waits for the device

@@ -587,7 +587,7 @@ def resolved(
     c.eval_every,c.log_every = c.eval_every or _eval_every(c.steps),fill(c.log_every, -(-c.steps//100_000))
     if c.steps%c.eval_every: raise CommandError(f"steps must be a multiple of eval_every, but {c.steps} is none of {c.eval_every}: leave eval_every out, or use {max(1, c.steps//c.eval_every)*c.eval_every} steps.")
     c.optimizer.wd,c.ema.decay = fill(c.optimizer.wd, 1e-3 if c.data == 'cifar100' else 5e-4),fill(c.ema.decay, _decay(c.steps))
-    c.bn_momentum,c.dropout = fill(c.bn_momentum, 1-c.ema.decay or 0.1),fill(c.dropout, 0.3 if c.policy == 'mutual_info' else 0.)
+    c.bn_momentum,c.dropout = fill(c.bn_momentum, round(1-c.ema.decay, 12) or 0.1),fill(c.dropout, 0.3 if c.policy == 'mutual_info' else 0.)
     c.views.flip = fill(c.views.flip, c.data not in ('digits','svhn'))
     c.device,c.workers = fill(c.device, str(default_device())),fill(c.workers, min(8, os.cpu_count() or 1))
     c.name = fill(c.name, f'{Path(c.data).resolve().name if c.data not in _data else c.data}_{c.n_labels}_{c.policy}')

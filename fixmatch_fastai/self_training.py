@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['predictions', 'pseudo_label', 'read_pseudo_labels', 'SoftLoss', 'SoftCrossEntropyLoss', 'DistillationLoss',
-           'SoftFocalLoss', 'SoftBCELoss', 'LogitsMSELoss', 'TableLabels', 'SoftCategory', 'SoftCategorize',
-           'SoftCategoryBlock', 'soft_accuracy', 'MixedImages', 'with_pseudo_labels', 'balance_classes',
-           'add_drop_path', 'NoisyStudent', 'self_distill', 'semi_weak', 'SupervisedTwin', 'compare_supervised']
+           'SoftFocalLoss', 'SoftBCELoss', 'LogitsMSELoss', 'SoftLabel', 'TableLabels', 'SoftCategory',
+           'SoftCategorize', 'SoftCategoryBlock', 'soft_accuracy', 'MixedImages', 'with_pseudo_labels',
+           'balance_classes', 'add_drop_path', 'NoisyStudent', 'self_distill', 'semi_weak', 'SupervisedTwin',
+           'compare_supervised']
 
-# %% ../nbs/11_self_training.ipynb #f6cb06fd
-import inspect,json,math,os,time,warnings,zlib
+# %% ../nbs/11_self_training.ipynb #6d91f638
+import hashlib,inspect,json,math,os,re,time,warnings,zlib
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,11 +20,12 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.data.block import TransformBlock
 from fastai.data.core import DataLoaders, test_set
-from fastai.data.transforms import Category, CategoryMap, EncodedMultiCategorize, MultiCategorize
+from fastai.data.transforms import Category, CategoryMap, EncodedMultiCategorize, MultiCategorize, MultiCategory
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.torch_basics import GetAttr, Path, Pipeline, Tensor, TensorBase, TensorCategory, Transform, cast, compose_tfms, nn, patch, set_seed, to_device
 from fastprogress.fastprogress import progress_bar
+from PIL import Image
 from scipy import stats
 
 from .callback import FixMatch, finished
@@ -72,16 +74,18 @@ def predictions(
         outputs = iter(_outputs(learn, torch.stack(there), logits) if there else ())
         yield from ((i,None,o) if isinstance(o, str) else (i,next(outputs),None) for i,o in batch)
 
-# %% ../nbs/11_self_training.ipynb #d54afcd6
-def _vocab(learn):
-    "The classes of a learner that says one class of an image"
-    vocab = getattr(learn.dls, 'vocab', None)
+# %% ../nbs/11_self_training.ipynb #8fa80d98
+def _vocab(dls, loss_func=None):
+    "The classes, where an image has one"
+    vocab = getattr(dls, 'vocab', None)
     if not isinstance(vocab, CategoryMap): raise ValueError("The learner must tell classes of images apart: use one whose target is a CategoryBlock.")
-    if isinstance(learn.loss_func, BCEWithLogitsLossFlat) or any(isinstance(t, (MultiCategorize,EncodedMultiCategorize)) for tl in getattr(learn.dls.valid.dataset, 'tls', ()) for t in tl.tfms.fs):
+    if isinstance(loss_func, BCEWithLogitsLossFlat) or any(isinstance(t, (MultiCategorize,EncodedMultiCategorize)) for tl in getattr(dls.valid.dataset, 'tls', ()) for t in tl.tfms.fs):
         raise ValueError("Pseudo-labels in a table are one class for each image, but this learner gives several labels to an image: use `FixMatch` with `MultiLabelThreshold` for that.")
     return vocab
 
 def _name(item, i): return str(item) if isinstance(item, (str,Path)) else i
+
+def _at(items, i): return items.iloc[i] if hasattr(items, 'iloc') else items[i]
 
 def _part(items, start): return items.iloc[start:] if hasattr(items, 'iloc') else items[start:]
 
@@ -133,12 +137,28 @@ def _kept(rows, threshold, top_k_per_class):
     rank = np.arange(len(kept)) - np.searchsorted(target, target)
     return np.sort(kept[rank < top_k_per_class])
 
-# %% ../nbs/11_self_training.ipynb #33bc0e92
-def _check_table_options(items, threshold, top_k_per_class, soft, tta):
-    if isinstance(items, (str,Path)): raise TypeError(f"`items` must be images, not the folder {str(items)!r}: use `get_image_files({str(items)!r})`.")
+# %% ../nbs/11_self_training.ipynb #71b68220
+def _images(items):
+    "Items that can be counted, and are some"
+    if isinstance(items, (str,Path)): raise TypeError(f"`items` must be a list of images, not the path {str(items)!r}: use `get_image_files(folder)`, or `[file]` for one.")
+    if not hasattr(items, '__len__'):
+        if not hasattr(items, '__iter__'): raise TypeError(f"`items` must be images, as `get_image_files(folder)`, but is {items!r}.")
+        items = list(items)
+    if hasattr(items, 'iloc') and not items.index.is_unique: raise ValueError("Rows of `items` have the same index, so that a table can't name them: use `items.reset_index(drop=True)`.")
     if len(items) == 0: raise ValueError("There are no images to label: check the folder they were read from.")
-    if threshold is not None and not 0 <= threshold <= 1: raise ValueError(f"`threshold` is a confidence, 0 to 1, but got {threshold}.")
-    if top_k_per_class is not None and not (isinstance(top_k_per_class, int) and top_k_per_class > 0): raise ValueError(f"`top_k_per_class` is a number of images, 1 or more, but got {top_k_per_class}.")
+    return items
+
+def _check_share(name, o, what='a confidence'):
+    if o is not None and not (isinstance(o, (int,float)) and 0 <= o <= 1): raise ValueError(f"`{name}` is {what}, 0 to 1, but got {o!r}.")
+
+def _check_count(name, o, what='a number of images'):
+    if o is not None and not (isinstance(o, int) and o > 0): raise ValueError(f"`{name}` is {what}, 1 or more, but got {o!r}.")
+
+def _check_teacher(learn):
+    if not isinstance(learn, Learner): raise TypeError(f"The teacher must be a Learner, but is a {type(learn).__name__}: a model alone does not know how to open images.")
+
+def _check_table_options(out, soft, tta):
+    if out is not None and out.is_dir(): raise ValueError(f"`out` must be a file, but {out} is a folder: use for example {out/'pseudo_labels.csv'}.")
     if soft not in (False,True,'logits'): raise ValueError(f"`soft` must be False, True or 'logits', but got {soft!r}.")
     if tta and soft == 'logits': raise ValueError("With `tta` probabilities are averaged, so there are no logits: use `soft=True`.")
 
@@ -163,9 +183,12 @@ def pseudo_label(
     num_workers:int=None      # Processes that open images; default: as many as the learner's validation has
 )->pd.DataFrame: # `file` (for images that are no files their place), `predicted`, `confidence` (float32, 0 to 1); where soft `prob_…` or `logit_…` for each class (float32)
     "What `learn` says of `items`, as a table to train on"
-    vocab,out = _vocab(learn),None if out is None else Path(out)
-    if not hasattr(items, '__len__') and not isinstance(items, Path): items = list(items)
-    _check_table_options(items, threshold, top_k_per_class, soft, tta)
+    _check_teacher(learn)
+    vocab,items,out = _vocab(learn.dls, learn.loss_func),_images(items),None if out is None else Path(out)
+    _check_share('threshold', threshold)
+    _check_count('top_k_per_class', top_k_per_class)
+    _check_count('bs', bs)
+    _check_table_options(out, soft, tta)
     if out is not None: out.parent.mkdir(parents=True, exist_ok=True)
     part = None if out is None else out.with_name(f'{out.name}.{_mark(learn, items, soft, tta, *vocab):08x}.part')
     rows,damaged = _Rows(len(items), len(vocab)*bool(soft), part),{}
@@ -183,7 +206,8 @@ def pseudo_label(
     _warn_of_table(df, rows.rows, damaged, items, threshold)
     if out is not None:
         with _replacing(out) as tmp: df.to_csv(tmp, index=False, chunksize=max(1, 20_000//df.shape[1])) # text is large
-        part.unlink()
+        for o in out.parent.iterdir(): # parts of other teachers too, which nobody will go on with
+            if re.fullmatch(re.escape(out.name)+r'\.[0-9a-f]{8}\.part', o.name): o.unlink()
     return df
 
 def _warn_of_table(df, rows, damaged, items, threshold):
@@ -191,12 +215,12 @@ def _warn_of_table(df, rows, damaged, items, threshold):
     if len(left_out):
         i = next(iter(damaged), left_out[0].item())
         why = damaged.get(i, 'found by an earlier call')
-        warnings.warn(f"{len(left_out):,} of {len(rows):,} images can't be opened and are left out, such as {_name(items.iloc[i] if hasattr(items, 'iloc') else items[i], i)} ({why}).", stacklevel=3)
-    if len(df) == 0: warnings.warn(f"No pseudo-label is kept: the largest confidence is {rows['confidence'].max():.3f}" + (f", and `threshold` is {threshold}." if threshold else "."), stacklevel=3)
+        warnings.warn(f"{len(left_out):,} of {len(rows):,} images can't be opened and are left out, such as {_name(_at(items, i), i)} ({why}).", stacklevel=3)
+    if len(df) == 0 and len(left_out) < len(rows): warnings.warn(f"No pseudo-label is kept: the largest confidence is {rows['confidence'].max():.3f}" + (f", and `threshold` is {threshold}." if threshold else "."), stacklevel=3)
 
 # %% ../nbs/11_self_training.ipynb #39db56c0
 def read_pseudo_labels(
-    file:Path, # That `pseudo_label(out=…)` or `to_csv(index=False)` has written
+    file:Path, # That `pseudo_label(out=…)` or the table's `to_csv` has written
     vocab=None # The classes, where these are no text: numbers for example
 )->pd.DataFrame:
     "A table of pseudo-labels as it was written"
@@ -204,6 +228,7 @@ def read_pseudo_labels(
     if not {'file','predicted','confidence'} <= set(df.columns): raise ValueError(f"{file} is no table of pseudo-labels: it has the columns {', '.join(map(str, df.columns[:5]))}, and not `file`, `predicted` and `confidence`.")
     numbers = ['confidence'] + [o for o in df.columns if o.startswith(('prob_','logit_'))]
     df[numbers] = df[numbers].astype('float32')
+    df = df.drop(columns=[o for o in df.columns if o.startswith('Unnamed: ')]) # the index, of `to_csv` without `index=False`
     if vocab is not None: df['predicted'] = df.predicted.map({str(o): o for o in vocab})
     return df
 
@@ -223,22 +248,22 @@ class SoftLoss(nn.Module):
     def forward(self, pred, targ):
         pred,targ = pred.as_subclass(Tensor).float(),targ.as_subclass(Tensor)
         if pred.ndim != 2: raise ValueError(f"{type(self).__name__} needs logits (images, classes), but the model returned {tuple(pred.shape)}.")
-        losses = self.each(pred, self._rows(pred, targ))
+        losses = self.each(pred, self._rows(pred, targ)) if targ.ndim > 1 else self.of_classes(pred, self._rows(pred, targ))
         return losses.mean() if self.reduction == 'mean' else losses.sum() if self.reduction == 'sum' else losses
 
     def _rows(self, pred, targ):
         "Targets as (B, C)"
-        if targ.ndim == 1 and not targ.is_floating_point(): return self.of_classes(targ, pred.shape[1])
+        if targ.ndim == 1 and not targ.is_floating_point(): return F.one_hot(targ, pred.shape[1]).float()
         if targ.shape != pred.shape: raise ValueError(f"{type(self).__name__} needs {self.kind}, (images, classes) as the logits {tuple(pred.shape)}, or class numbers ({len(pred)},), but the target is {tuple(targ.shape)}.")
         targ = targ.float()
         if (targ.is_cpu or not self._asked) and not self.suits(targ): raise ValueError(f"{type(self).__name__} needs {self.kind}, but the target has rows like {[round(o, 2) for o in targ[0, :4].tolist()]}{' ...'*(targ.shape[1] > 4)}: {self.advice}.")
         self._asked = True
         return targ
 
-    def of_classes(self, targ, n): return F.one_hot(targ, n).float()
     def suits(self, targ): return bool((targ >= 0).all() & ((targ.sum(1)-1).abs() < 1e-2).all())
     advice = "use `soft=True` in `pseudo_label`, or a loss for that kind of target, such as LogitsMSELoss for logits and SoftBCELoss for several labels"
     def each(self, pred, targ): raise NotImplementedError # (B,)
+    def of_classes(self, pred, targ): return self.each(pred, targ)
     def activation(self, x): return x.softmax(-1)
     def decodes(self, x): return x.argmax(-1)
 
@@ -285,6 +310,7 @@ class SoftBCELoss(SoftLoss):
         reduction:str='mean' # `'mean'`, `'sum'` or `'none'`
     ):
         super().__init__(reduction)
+        _check_share('thresh', thresh, 'a probability')
         self.thresh = thresh
 
     def suits(self, targ): return bool(((targ >= 0) & (targ <= 1)).all())
@@ -298,7 +324,9 @@ class LogitsMSELoss(SoftLoss):
     advice = "probabilities are no logits: use SoftCrossEntropyLoss, or `soft='logits'` in `pseudo_label`"
     def suits(self, targ): return not super().suits(targ)
     def each(self, pred, targ): return ((pred-targ)**2).mean(1)
-    def of_classes(self, targ, n): raise ValueError("LogitsMSELoss needs logits, but the target is class numbers: validate with another loss, as in `learn.validate` after `learn.loss_func = SoftCrossEntropyLoss()`.")
+    def of_classes(self, pred, targ):
+        if torch.is_grad_enabled(): raise ValueError("LogitsMSELoss trains on logits, but the target is class numbers: make the table with `pseudo_label(..., soft='logits')`, or use another loss.")
+        return -(targ*pred.log_softmax(1)).sum(1)
 
 # %% ../nbs/11_self_training.ipynb #b6bf916d
 def _columns(table):
@@ -306,19 +334,31 @@ def _columns(table):
     probs,logits = ([o for o in table.columns if str(o).startswith(name)] for name in ('prob_','logit_'))
     return (probs or logits),bool(logits and not probs)
 
+class SoftLabel(dict):
+    "Name of each class to its probability, or logit"
+    def __hash__(self): raise TypeError("A label with a probability for each class needs `SoftCategoryBlock(learn.dls.vocab)` in the place of `CategoryBlock`.")
+
+def _check_table(table):
+    if not isinstance(table, pd.DataFrame) or not {'file','predicted','confidence'} <= set(table.columns):
+        raise TypeError("`table` must be a DataFrame with the columns `file`, `predicted` and `confidence`, as `pseudo_label` and `read_pseudo_labels` return it.")
+
+def _path(o): return os.path.abspath(o) if isinstance(o, (str,Path)) else o
+
 class TableLabels:
     "Labels of images that are in a table of pseudo-labels, and of others, as a getter for `DataBlock`"
     def __init__(self,
         table:pd.DataFrame, # Of `pseudo_label`
         label_func=None     # Item to its label, for images that are not in the table
     ):
+        _check_table(table)
         self.label_func,columns = label_func,_columns(table)[0]
+        self.names = [o.split('_', 1)[1] for o in columns]
         values = table[columns].to_numpy('float32') if columns else table.predicted.tolist()
-        self.labels = dict(zip(map(str, table.file), values))
+        self.labels = dict(zip(map(_path, table.file), values))
 
     def __call__(self, item):
-        y = self.labels.get(str(item))
-        if y is not None: return y
+        y = self.labels.get(_path(item))
+        if y is not None: return SoftLabel(zip(self.names, y)) if self.names else y
         if self.label_func is None: raise ValueError(f"{item} is not in the table of pseudo-labels: give a `label_func` for labelled images.")
         return self.label_func(item)
 
@@ -326,19 +366,28 @@ class TableLabels:
 class SoftCategory(TensorBase):
     "A probability, or logit, of each class, float32 (C,)"
 
+def _several(there, vocab): return MultiCategory([vocab[i] for i in there.nonzero().flatten().tolist()]) # as `SoftBCELoss(thresh=…)` says
+
 class SoftCategorize(Transform):
-    "Class names and vectors of probabilities to `SoftCategory`"
+    "Class names, and probabilities by name or in the order of `vocab`, to `SoftCategory`"
     loss_func,order = SoftCrossEntropyLoss(),1
     def __init__(self, vocab): self.vocab,self.c = CategoryMap(list(vocab), sort=False),len(vocab)
 
     def encodes(self, o):
+        if isinstance(o, SoftLabel): o = self._in_order(o)
         if isinstance(o, (np.ndarray,Tensor)) and o.ndim == 1:
             if len(o) != self.c: raise ValueError(f"A soft label needs a number for each of the {self.c} classes, but has {len(o)}.")
             return SoftCategory(torch.tensor(np.asarray(o), dtype=torch.float32))
         if o not in self.vocab.o2i: raise ValueError(f"The label {o!r} is not among the classes {', '.join(map(repr, self.vocab[:5]))}{' ...'*(self.c > 5)}: give `SoftCategoryBlock` the classes of the teacher, `learn.dls.vocab`.")
         return SoftCategory(F.one_hot(torch.tensor(self.vocab.o2i[o]), self.c).float())
 
-    def decodes(self, o): return Category(self.vocab[int(o.argmax()) if o.ndim else int(o)])
+    def _in_order(self, label):
+        if set(label) != {str(o) for o in self.vocab}: raise ValueError(f"The table has the classes {', '.join(list(label)[:5])}{' ...'*(len(label) > 5)}, but `SoftCategoryBlock` {', '.join(map(str, self.vocab[:5]))}{' ...'*(self.c > 5)}: give it the classes of the teacher, `learn.dls.vocab`.")
+        return np.array([label[str(o)] for o in self.vocab], 'float32')
+
+    def decodes(self, o):
+        if o.dtype == torch.bool: return _several(o, self.vocab)
+        return Category(self.vocab[int(o.argmax()) if o.ndim else int(o)])
 
 class _HardInValidation(Transform):
     "Class numbers, as metrics expect them"
@@ -368,10 +417,11 @@ class MixedImages(GetAttr):
         places,    # Which of these, and how often, ints
         pool,      # `Datasets` of the images in the table
         targets,   # Of these: class numbers int64 (n,), or float32 (n, C)
+        logits=False # Are these logits? Then `places` is empty
     ):
         self.labeled,self.places,self.pool,self.targets = labeled,places,pool,targets
         self.soft = targets.ndim == 2
-        if self.soft: self.loss_func = SoftCrossEntropyLoss()
+        if self.soft: self.loss_func = LogitsMSELoss() if logits else SoftCrossEntropyLoss()
 
     def __len__(self): return len(self.places)+len(self.targets)
 
@@ -383,50 +433,73 @@ class MixedImages(GetAttr):
 
     def decode(self, o, full=True):
         x,y = o
-        return self.labeled.decode((x,TensorCategory(y.argmax()) if y.ndim else y), full=full)
+        said = self.labeled.decode((x,TensorCategory(y.float().argmax()) if y.ndim else y), full=full)
+        return (said[0],_several(y, self.labeled.vocab)) if y.dtype == torch.bool else said
 
-# %% ../nbs/11_self_training.ipynb #51cd6b65
-def _items(ds): return [] if hasattr(ds.items, 'iloc') else [str(o) for o in ds.items if isinstance(o, (str,Path))]
+# %% ../nbs/11_self_training.ipynb #8ca76a3c
+def _source(ds, item):
+    "What tells an image from others: the file it is opened from, or what it holds in memory; `None` where neither is known"
+    tls = getattr(ds, 'tls', None)
+    for f in [lambda o: o, *(tls[0].tfms.fs if tls else ())]: # of a DataFrame's row the first one finds the file
+        item = f(item)
+        if isinstance(item, (str,Path)): return os.path.abspath(item)
+        if isinstance(item, (np.ndarray,Tensor,Image.Image)): return hashlib.blake2b(np.ascontiguousarray(np.asarray(item)).tobytes(), digest_size=16).digest()
+    return None
 
-def _targets(table, vocab):
+def _sources(ds): return {_source(ds, _at(ds.items, i)) for i in range(len(ds.items))} - {None}
+
+def _items_of(table, items):
+    "Images that the rows of a table name"
+    if hasattr(items, 'iloc'): return items.loc[list(table.file)]
+    if places := [o for o in table.file if not isinstance(o, (str,Path))]:
+        if items is None: raise ValueError("The table has places and no files: give the images with `items`.")
+        if not 0 <= min(places) <= max(places) < len(items): raise ValueError(f"The table names image {max(places)}, but `items` has {len(items)}: give those that `pseudo_label` was given.")
+    return [Path(o) if isinstance(o, str) else o if isinstance(o, Path) else items[o] for o in table.file]
+
+def _news(table, dls, labeled=True, items=None):
+    "Rows, and their images, of those that are not validated on and, where these are trained on as `labeled`, not labelled already"
+    ds,images = dls.valid.dataset,_items_of(table, items)
+    known = _sources(ds) | (_sources(dls.train.dataset) if labeled else set())
+    places = [i for i in range(len(table)) if _source(ds, _at(images, i)) not in known]
+    return table.iloc[places],images.iloc[places] if hasattr(images, 'iloc') else [images[i] for i in places]
+
+def _targets(table, vocab, labeled):
     "Class numbers, or a row for each image"
     columns,logits = _columns(table)
-    if logits: raise ValueError("Labelled images have no logits to be mixed with those of the table: use `soft=True` in `pseudo_label`, or train on the table alone, with `TableLabels` and `LogitsMSELoss`.")
+    if logits and labeled: raise ValueError("Labelled images have no logits to be mixed with those of the table: use `soft=True` in `pseudo_label`, or train on the table alone, with `labeled=False`.")
     if unknown := set(map(str, table.predicted))-set(map(str, vocab)): raise ValueError(f"The table has a class {sorted(unknown)[0]!r} that the DataLoaders have not: make it with a learner of the same classes.")
     if not columns:
         o2i = {str(o): i for i,o in enumerate(vocab)}
         return torch.tensor([o2i[str(o)] for o in table.predicted], dtype=torch.long)
-    if columns != [f'prob_{o}' for o in vocab]: raise ValueError(f"The table has probabilities of {len(columns)} classes, {columns[0]} to {columns[-1]}, but the DataLoaders have {len(vocab)}, {vocab[0]} to {vocab[-1]}: make it with a learner of the same classes.")
+    if columns != [f'{"logit" if logits else "prob"}_{o}' for o in vocab]: raise ValueError(f"The table has columns of {len(columns)} classes, {columns[0]} to {columns[-1]}, but the DataLoaders have {len(vocab)}, {vocab[0]} to {vocab[-1]}: make it with a learner of the same classes.")
     return torch.tensor(table[columns].to_numpy('float32'))
 
-def _pool(valid, files, items):
-    if hasattr(items, 'iloc'): return test_set(valid, items.loc[list(files)])
-    return test_set(valid, [Path(o) if isinstance(o, str) else o if isinstance(o, Path) else items[o] for o in files])
-
-def _news(table, dls, labeled=True):
-    "Rows of images that are not validated on and, where these are trained on as `labeled`, not labelled already"
-    known = set(_items(dls.valid.dataset)) | (set(_items(dls.train.dataset)) if labeled else set())
-    return table[[str(o) not in known for o in table.file]]
+def _check_mixing(dls, mu, strong):
+    if isinstance(dls.train.dataset, MixedImages): raise ValueError("These DataLoaders hold pseudo-labels already: start from those of the labelled images, with one table, as of `pd.concat`.")
+    if mu is not None and not mu > 0: raise ValueError(f"`mu` is how many of the table's images there are for a labelled one, above 0, but got {mu}.")
+    if strong is not None and (not callable(strong) or hasattr(strong, 'strong')): # a `FixMatchTransform` makes two of one
+        raise TypeError(f"`strong` must make one PIL image of another, as `strong_augment()`{' or the `.strong` of what was given' if hasattr(strong, 'strong') else ''}, but is a {type(strong).__name__}.")
 
 def with_pseudo_labels(
     dls:DataLoaders,     # Of labelled images; they stay as they are
     table:pd.DataFrame,  # Of `pseudo_label`
     mu:float=None,       # Repeat labelled images until there is one for `mu` of the table's; default: each once
     strong=None,         # PIL → PIL callable, as `strong_augment()`, for all training images
-    labeled:bool=True,   # Labelled images with their own labels too? If not, those in the table have the table's
-    bs:int=None,         # Images in a training batch; default: as `dls`, which may be few for so many
-    items=None           # The images, where the table has their places and no files
+    labeled:bool=True,   # Labelled images with their own labels too? If not, those in the table have the table's; a table of logits wants that
+    bs:int=None,         # Images in a training batch; default: as `dls`, which may be few for so many. An epoch of `repeat_train` keeps its number of batches
+    items=None           # What `pseudo_label` was given, where the table has places and no files
 )->DataLoaders: # Targets are (B, C) in training where the table has probabilities
     "`dls` whose training images are the labelled ones and those of the table"
-    train = dls.train.dataset
-    if items is None and not all(isinstance(o, (str,Path)) for o in table.file): raise ValueError("The table has places and no files: give the images with `items`.")
-    table = _news(table, dls, labeled)
-    if bs is not None and not (isinstance(bs, int) and bs > 0): raise ValueError(f"`bs` is a number of images, 1 or more, but got {bs}.")
+    _check_table(table)
+    _check_mixing(dls, mu, strong)
+    _check_count('bs', bs)
+    train,vocab = dls.train.dataset,_vocab(dls)
+    table,images = _news(table, dls, labeled, items)
     if len(table) == 0: raise ValueError("No row of the table is left to train on: it is empty, or holds labelled and validation images only.")
-    targets = _targets(table, dls.vocab)
+    targets = _targets(table, vocab, labeled)
     n = len(train)*labeled
     times = max(1, round(len(table)/mu/n)) if mu and n else 1
-    mixed = MixedImages(train, np.tile(np.arange(n), times), _pool(dls.valid.dataset, table.file, items), targets)
+    mixed = MixedImages(train, np.tile(np.arange(n), times), test_set(dls.valid.dataset, images), targets, _columns(table)[1])
     new = dls.train.new(mixed, **({} if bs is None else dict(bs=bs)))
     if strong is not None: new.after_item = Pipeline([*new.after_item.fs, WeakTransform(strong)])
     return type(dls)(new, *[dl.new() for dl in dls.loaders[1:]], path=dls.path, device=dls.device)
@@ -437,7 +510,8 @@ def balance_classes(
     n:int=None          # Rows for each class; default: the mean
 )->pd.DataFrame: # `n` rows for each class that is in the table
     "The most confident rows of each class, repeated where these are too few"
-    if n is not None and n < 1: raise ValueError(f"`n` is a number of rows, 1 or more, but got {n}.")
+    _check_table(table)
+    _check_count('n', n, 'a number of rows')
     groups = [o.sort_values('confidence', ascending=False, kind='stable') for _,o in table.groupby('predicted', sort=True)]
     if not groups: raise ValueError("The table is empty: there is nothing to balance.")
     n = n or round(len(table)/len(groups))
@@ -470,7 +544,16 @@ def _accuracy(learn): return float(_right(learn).mean())
 def _pseudo_acc(table, items, label_func):
     "Share of pseudo-labels that are right, where the truth is known"
     if label_func is None: return None
-    return float(np.mean([str(label_func(Path(o) if isinstance(o, str) else items[o])) == str(p) for o,p in zip(table.file, table.predicted)]))
+    images = _items_of(table, items)
+    truth = [label_func(_at(images, i)) for i in range(len(table))]
+    return float(np.mean([str(o) == str(p) for o,p in zip(truth, table.predicted)]))
+
+def _student(make_student, dls, soft=True):
+    "A learner that can train on `dls`"
+    learn = make_student(dls)
+    if not isinstance(learn, Learner): raise TypeError(f"`make_student` must return a Learner, but it returned a {type(learn).__name__}.")
+    if soft: _check_takes_soft(learn)
+    return learn
 
 def _check_takes_soft(learn):
     if isinstance(learn.loss_func, SoftLoss): return
@@ -496,7 +579,14 @@ class NoisyStudent:
     ):
         if not isinstance(rounds, int) or rounds < 1: raise ValueError(f"`rounds` must be a whole number, 1 or more, but got {rounds}.")
         if not callable(make_student): raise TypeError("`make_student` must be a function that makes a Learner of `dls`, as `lambda dls: vision_learner(dls, resnet34, metrics=accuracy)`.")
-        _vocab(teacher)
+        _check_teacher(teacher)
+        _vocab(teacher.dls, teacher.loss_func)
+        _check_mixing(teacher.dls, mu, strong)
+        _check_share('threshold', threshold)
+        _check_count('bs', bs)
+        for name,o in (('dropout',dropout),('drop_path',drop_path)):
+            if not 0 <= o < 1: raise ValueError(f"`{name}` must be 0 or more and below 1, but got {o}.")
+        unlabeled_items = _images(unlabeled_items)
         self.teacher,self.make_student,self.items,self.rounds,self.balance,self.soft,self.threshold,self.bs,self.mu = teacher,make_student,unlabeled_items,rounds,balance,soft,threshold,bs,mu
         self.strong,self.dropout,self.drop_path,self.label_func = strong,dropout,drop_path,label_func
         self.dls,self._done = teacher.dls,[]
@@ -513,8 +603,7 @@ class NoisyStudent:
 
     def _student(self, table):
         dls = with_pseudo_labels(self.dls, balance_classes(table) if self.balance else table, self.mu, self.strong, bs=self.bs, items=self.items)
-        student = self.make_student(dls)
-        if self.soft: _check_takes_soft(student)
+        student = _student(self.make_student, dls, self.soft)
         if self.dropout: add_dropout(student.model, self.dropout)
         if self.drop_path: add_drop_path(student.model, self.drop_path)
         return student
@@ -525,7 +614,8 @@ class NoisyStudent:
         "Train the rounds that are left: all, or those after an interrupt"
         if not self._done: self._done.append((dict(round=0, pseudo_labels=0, confidence=None, pseudo_acc=None, accuracy=_accuracy(self.teacher)),self.teacher))
         while len(self._done) <= self.rounds:
-            table = _news(pseudo_label(self.student, self.items, self.threshold, soft=self.soft), self.dls)
+            table,_ = _news(pseudo_label(self.student, self.items, self.threshold, soft=self.soft), self.dls, items=self.items)
+            if len(table) == 0: raise ValueError(f"Round {len(self._done)} has no pseudo-label to train on: lower `threshold`, which is {self.threshold}, or give other images than the labelled ones.")
             student = self._student(table)
             fit(student)
             row = dict(round=len(self._done), pseudo_labels=len(table), confidence=float(table.confidence.mean()), pseudo_acc=_pseudo_acc(table, self.items, self.label_func), accuracy=_accuracy(student))
@@ -543,10 +633,10 @@ def self_distill(
 )->Learner: # The last student
     "Train on a learner's own soft predictions"
     if not isinstance(rounds, int) or rounds < 1: raise ValueError(f"`rounds` must be a whole number, 1 or more, but got {rounds}.")
-    dls,items = learn.dls,learn.dls.train.dataset.items if items is None else items
+    _check_teacher(learn)
+    dls,items = learn.dls,learn.dls.train.dataset.items if items is None else _images(items)
     for _ in range(rounds):
-        student = make_student(with_pseudo_labels(dls, pseudo_label(learn, items, soft=True), labeled=False, bs=bs, items=items))
-        _check_takes_soft(student)
+        student = _student(make_student, with_pseudo_labels(dls, pseudo_label(learn, items, soft=True), labeled=False, bs=bs, items=items))
         fit(student)
         learn = student
     return learn
@@ -562,8 +652,9 @@ def semi_weak(
     bs:int=None           # Images in a batch of pseudo-labels; default: as the teacher's `dls`
 )->Learner: # The student
     "Train on the most confident pseudo-labels of each class, then on the labels"
+    unlabeled_items = _images(unlabeled_items)
     table = pseudo_label(teacher, unlabeled_items, top_k_per_class=k)
-    student = make_student(with_pseudo_labels(teacher.dls, table, labeled=False, bs=bs, items=unlabeled_items))
+    student = _student(make_student, with_pseudo_labels(teacher.dls, table, labeled=False, bs=bs, items=unlabeled_items), False)
     fit(student)
     student.dls = teacher.dls
     fine_tune(student)

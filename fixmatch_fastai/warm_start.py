@@ -161,6 +161,8 @@ def inpainting_learner(
     n = x.shape[1]
     if not isinstance(body, nn.Module):
         return unet_learner(dls, body, **{'n_out': n, 'n_in': n, 'pretrained': False, 'loss_func': inpainting_loss, **kwargs})
+    with torch.no_grad(): out = deepcopy(body).cpu().eval()(cast(x[:2], Tensor).cpu())
+    if out.ndim != 4: raise ValueError(f"`body` must return feature maps (images, channels, height, width), but returns {tuple(out.shape)}: leave out pooling and head, as `model[:-3]` of an `nn.Sequential` does.")
     net = DynamicUnet(deepcopy(body).cpu(), n, tuple(x.shape[-2:]))
     return Learner(dls, net, **{'loss_func': inpainting_loss, **kwargs})
 
@@ -171,7 +173,9 @@ def show_inpainting(
 ):
     "Show images of the validation set: what the network sees, what it fills in, and the truth"
     dl = learn.dls.valid
-    x,y,mask = (o[:max_n] for o in dl.one_batch())
+    batch = dl.one_batch()
+    if len(batch) != 3: raise ValueError("`learn` must be a learner that fills in images, as `inpainting_learner` makes it.")
+    x,y,mask = (o[:max_n] for o in batch)
     with learn.no_bar(), learn.no_logging(): pred = learn.get_preds(dl=[(x,y,mask)])[0].to(x.device)
     filled = torch.where(cast(mask, Tensor)[:,None] > 0, pred.to(y.dtype), cast(y, Tensor))
     norms = [t for t in dl.after_batch.fs if isinstance(t, Normalize)]
@@ -185,6 +189,7 @@ def show_inpainting(
     for ax,name in zip(axs[::len(x)], ('seen','filled in','true')):
         ax.axis('on')
         ax.set(xticks=[], yticks=[], ylabel=name)
+        ax.set_frame_on(False)
 
 # %% ../nbs/11b_warm_start.ipynb #1221970f
 def _has(m, *kinds): return any(isinstance(o, kinds) for o in m.modules())

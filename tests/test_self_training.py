@@ -1,5 +1,6 @@
 "Tables of pseudo-labels, soft labels, teachers and students, and the supervised twin"
 
+import os
 import shutil
 import tracemalloc
 import warnings
@@ -10,12 +11,15 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import quiet_fit, tiny_net
 from fastai.vision.all import (
     CategoryBlock,
+    ColReader,
     CrossEntropyLossFlat,
     CutMix,
     DataBlock,
+    DataLoaders,
     F1Score,
     ImageBlock,
     ImageDataLoaders,
@@ -23,6 +27,7 @@ from fastai.vision.all import (
     Learner,
     MixUp,
     MultiCategoryBlock,
+    PILImage,
     PILImageBW,
     RandomSplitter,
     accuracy,
@@ -36,6 +41,7 @@ from fixmatch_fastai import self_training
 from fixmatch_fastai.all import (
     DistillationLoss,
     FixMatch,
+    FixMatchTransform,
     LogitsMSELoss,
     NoisyStudent,
     SoftBCELoss,
@@ -331,6 +337,201 @@ def test_labelled_images_keep_their_labels(teacher, pool):
         with_pseudo_labels(teacher.dls, table, bs=0)
 
 
+def in_frame(digits):
+    "A learner's `dls` of rows of a DataFrame, and the rows of all its images and 30 others"
+    few, rest = split_labeled(digits, parent_label, 40, seed=0)
+    more, _ = split_labeled(rest, parent_label, 30, seed=0)
+    df = pd.DataFrame({'image': [o.name for o in few], 'folder': [str(o.parent) for o in few], 'label': [parent_label(o) for o in few]})
+    block = DataBlock(
+        (ImageBlock(PILImageBW), CategoryBlock),
+        get_x=lambda r: f'{r["folder"]}/{r["image"]}',
+        get_y=ColReader('label'),
+        splitter=IndexSplitter(range(0, 40, 2)),
+    )
+    frame = pd.DataFrame({'image': [o.name for o in few + more], 'folder': [str(o.parent) for o in few + more]})
+    return block.dataloaders(df, bs=4, num_workers=0), frame.sample(frac=1, random_state=0).reset_index(drop=True)
+
+
+def in_memory(digits):
+    "The same with arrays"
+    few, rest = split_labeled(digits, parent_label, 40, seed=0)
+    more, _ = split_labeled(rest, parent_label, 30, seed=0)
+    opened = [np.array(PILImage.create(o)) for o in few + more]
+    labels = {o.tobytes(): parent_label(f) for o, f in zip(opened, few)}
+    block = DataBlock((ImageBlock, CategoryBlock), get_y=lambda o: labels[o.tobytes()], splitter=IndexSplitter(range(0, 40, 2)))
+    return block.dataloaders(opened[:40], bs=4, num_workers=0), [o.copy() for o in opened]
+
+
+def by_path(digits):
+    "The same with files, which the pool spells in another way"
+    few, rest = split_labeled(digits, parent_label, 40, seed=0)
+    more, _ = split_labeled(rest, parent_label, 30, seed=0)
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_y=parent_label, splitter=IndexSplitter(range(0, 40, 2)))
+    return block.dataloaders(few, bs=4, num_workers=0), [os.path.relpath(o) for o in few + more]
+
+
+@pytest.mark.parametrize('images', [by_path, in_frame, in_memory])
+def test_images_are_known_again(digits, images, tmp_path):
+    "20 are validated on, 20 labelled, 30 are new"
+    dls, items = images(digits)
+    learn = Learner(dls, tiny_net(n_in=3 if images is in_memory else 1), metrics=accuracy, path=tmp_path)
+    table = pseudo_label(learn, items)
+    assert len(table) == 70
+    assert len(with_pseudo_labels(dls, table, items=items).train_ds) == 20 + 30
+    assert len(with_pseudo_labels(dls, table, items=items, labeled=False).train_ds) == 20 + 30
+    known = with_pseudo_labels(dls, table, items=items)
+    labels = [dls.vocab[int(known.train_ds[i][1])] for i in range(20)]
+    assert labels == [dls.vocab[int(dls.train_ds[i][1])] for i in range(20)]
+    rounds = NoisyStudent(
+        learn, lambda dls: Learner(dls, tiny_net(n_in=3 if images is in_memory else 1), path=tmp_path), items, rounds=1, threshold=0.0, dropout=0
+    )
+    rounds.label_func = lambda o: '1'
+    rounds.fit(lambda learn: None)
+    assert rounds.history.pseudo_labels[1] == 30 and 0 <= rounds.history.pseudo_acc[1] <= 1
+
+
+def test_a_table_knows_files_by_any_path(teacher, pool):
+    table = pseudo_label(teacher, pool)
+    for o in (pool[2], os.path.relpath(pool[2]), str(pool[2])):
+        assert TableLabels(table)(o) == table.predicted[2]
+
+
+def test_soft_labels_go_by_the_names_of_classes(teacher, pool):
+    "A block with the classes in another order puts them right; one with others refuses"
+    table = pseudo_label(teacher, pool, soft=True)
+    label = TableLabels(table)(pool[3])
+    assert label == {o: table[f'prob_{o}'][3] for o in teacher.dls.vocab}
+    turned = list(teacher.dls.vocab)[::-1]
+    for vocab in (turned, list(teacher.dls.vocab), [int(o) for o in turned]):
+        got = self_training.SoftCategorize(vocab).encodes(label)
+        assert got.tolist() == [label[str(o)] for o in vocab]
+    with pytest.raises(ValueError, match='give it the classes of the teacher'):
+        self_training.SoftCategorize([*turned[:-1], 'x']).encodes(label)
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_y=TableLabels(table))
+    with pytest.raises(TypeError, match=r'needs `SoftCategoryBlock\(learn.dls.vocab\)`'):
+        block.dataloaders(list(pool), num_workers=0)
+
+
+@pytest.mark.parametrize('way', ['with_pseudo_labels', 'DataBlock'])
+def test_logits_train_and_validate(teacher, pool, make, way):
+    "Trains on squared errors, validates by cross-entropy, and comes to say what the teacher says"
+    table = pseudo_label(teacher, pool, soft='logits')
+    if way == 'DataBlock':
+        valid = list(teacher.dls.valid_ds.items)
+        block = DataBlock(
+            (ImageBlock(PILImageBW), SoftCategoryBlock(teacher.dls.vocab)), get_y=TableLabels(table, parent_label), splitter=IndexSplitter(range(len(valid)))
+        )
+        dls = block.dataloaders([*valid, *(o for o in pool if o not in valid)], bs=8, num_workers=0)
+    else:
+        dls = with_pseudo_labels(teacher.dls, table, labeled=False)
+        assert type(dls.loss_func) is LogitsMSELoss
+        row = table[[f'logit_{o}' for o in dls.vocab]].to_numpy()[table.file.isin(map(str, teacher.dls.valid_ds.items)).to_numpy() == 0][4]
+        assert dls.train_ds[4][1].tolist() == row.tolist()
+    learn = Learner(dls, tiny_net(), loss_func=LogitsMSELoss(), metrics=accuracy, path=make(dls).path)
+    quiet_fit(learn, 1, 1e-2)
+    first, loss, acc = learn.recorder.values[0]
+    with learn.no_bar():
+        probs, y = learn.get_preds()
+    assert loss == pytest.approx(F.nll_loss(probs.log(), y).item(), rel=1e-3) and acc == pytest.approx((probs.argmax(1) == y).float().mean().item())
+    quiet_fit(learn, 8, 1e-2)
+    assert learn.recorder.values[-1][0] < first / 2
+
+
+def test_fixmatch_says_that_it_makes_its_own(teacher, pool, make):
+    learn = make(with_pseudo_labels(teacher.dls, pseudo_label(teacher, pool, soft=True)))
+    learn.add_cb(FixMatch(teacher.dls.unlabeled_dl(pool, mu=1)))
+    with pytest.raises(ValueError, match='looks like soft labels: FixMatch makes its own pseudo-labels'):
+        quiet_fit(learn, 1)
+
+
+def test_several_labels_of_a_soft_network_are_told(teacher, pool, make):
+    dls = with_pseudo_labels(teacher.dls, pseudo_label(teacher, pool, soft=True))
+    learn = Learner(dls, tiny_net(), loss_func=SoftBCELoss(thresh=0.0))
+    assert list(learn.predict(pool[0])[0]) == list(dls.vocab)
+    with pytest.raises(ValueError, match='`thresh` is a probability'):
+        SoftBCELoss(2)
+
+
+def test_no_pseudo_label_is_said_and_the_round_can_be_fitted_again(teacher, pool, make):
+    rounds = NoisyStudent(teacher, make, pool, rounds=1, threshold=1.0)
+    with (
+        pytest.warns(UserWarning, match='No pseudo-label is kept'),
+        pytest.raises(ValueError, match='Round 1 has no pseudo-label to train on: lower `threshold`'),
+    ):
+        rounds.fit(pytest.fail)
+    rounds.threshold = 0.0
+    rounds.fit(partial(quiet_fit, n_epoch=1, lr=1e-2))
+    assert len(rounds.history) == 2
+
+
+def test_stale_parts_go_with_the_finished_table(teacher, pool, tmp_path):
+    (tmp_path / 't.csv.0123abcd.part').touch()
+    (tmp_path / 'other.csv.0123abcd.part').touch()
+    (tmp_path / 't.csv.mine.part').touch()
+    pseudo_label(teacher, pool[:5], out=tmp_path / 't.csv')
+    assert sorted(o.name for o in tmp_path.iterdir() if o.is_file()) == ['other.csv.0123abcd.part', 't.csv', 't.csv.mine.part']
+
+
+def test_an_index_in_the_file_is_left_out(teacher, pool, tmp_path):
+    table = pseudo_label(teacher, pool[:5], soft=True)
+    table.to_csv(tmp_path / 't.csv')
+    pd.testing.assert_frame_equal(read_pseudo_labels(tmp_path / 't.csv'), table)
+
+
+def of_values(dls):
+    return DataLoaders.from_dsets([(torch.zeros(1, 8, 8), 0.5)] * 8, [(torch.zeros(1, 8, 8), 0.5)] * 8, bs=4, num_workers=0)
+
+
+def of_several(dls):
+    block = DataBlock((ImageBlock(PILImageBW), MultiCategoryBlock), get_y=lambda o: [parent_label(o)], splitter=IndexSplitter(range(5)))
+    return block.dataloaders(list(dls.train_ds.items), bs=4, num_workers=0)
+
+
+@pytest.mark.parametrize(
+    'call,exc,says',
+    [
+        (lambda t, p, df: pseudo_label(t.model, p), TypeError, 'must be a Learner, but is a Sequential'),
+        (lambda t, p, df: pseudo_label(t, None), TypeError, '`items` must be images'),
+        (lambda t, p, df: pseudo_label(t, p[0]), TypeError, r'or `\[file\]` for one'),
+        (lambda t, p, df: pseudo_label(t, p, threshold='0.5'), ValueError, "a confidence, 0 to 1, but got '0.5'"),
+        (lambda t, p, df: pseudo_label(t, p, bs=0), ValueError, '`bs` is a number of images'),
+        (lambda t, p, df: pseudo_label(t, p, out=t.path), ValueError, '`out` must be a file'),
+        (lambda t, p, df: pseudo_label(t, pd.DataFrame({'f': list(p)}, index=[0] * len(p))), ValueError, 'have the same index'),
+        (lambda t, p, df: with_pseudo_labels(t.dls, df, mu=0), ValueError, '`mu` is how many'),
+        (lambda t, p, df: with_pseudo_labels(t.dls, df, strong='timm'), TypeError, '`strong` must make one PIL image of another'),
+        (lambda t, p, df: with_pseudo_labels(t.dls, df, strong=FixMatchTransform()), TypeError, 'or the `.strong` of what was given'),
+        (lambda t, p, df: with_pseudo_labels(with_pseudo_labels(t.dls, df), df), ValueError, 'hold pseudo-labels already'),
+        (lambda t, p, df: with_pseudo_labels(of_values(t.dls), df), ValueError, 'use one whose target is a CategoryBlock'),
+        (lambda t, p, df: with_pseudo_labels(of_several(t.dls), df), ValueError, 'a CategoryBlock|several labels'),
+        (lambda t, p, df: with_pseudo_labels(t.dls, df.to_dict('records')), TypeError, '`table` must be a DataFrame'),
+        (lambda t, p, df: with_pseudo_labels(t.dls, df.assign(file=range(len(df))), items=p[:50]), ValueError, 'names image 99, but `items` has 50'),
+        (lambda t, p, df: TableLabels(df[['file']]), TypeError, '`table` must be a DataFrame'),
+        (lambda t, p, df: balance_classes(df.drop(columns='confidence')), TypeError, '`table` must be a DataFrame'),
+        (lambda t, p, df: NoisyStudent(t, noop, []), ValueError, 'no images to label'),
+        (lambda t, p, df: NoisyStudent(t, noop, p, dropout=1), ValueError, '`dropout` must be 0 or more and below 1'),
+        (lambda t, p, df: NoisyStudent(t, noop, p, drop_path=-0.1), ValueError, '`drop_path` must be'),
+        (lambda t, p, df: NoisyStudent(t, noop, p, mu=-1), ValueError, '`mu` is how many'),
+        (lambda t, p, df: NoisyStudent(t, noop, p, threshold=95), ValueError, '`threshold` is a confidence'),
+        (lambda t, p, df: NoisyStudent(t.model, noop, p), TypeError, 'must be a Learner'),
+        (lambda t, p, df: NoisyStudent(t, lambda dls: None, p, threshold=0.0).fit(noop), TypeError, 'it returned a NoneType'),
+        (lambda t, p, df: self_distill(t, lambda dls: None, noop), TypeError, 'it returned a NoneType'),
+        (lambda t, p, df: semi_weak(t, lambda dls: None, p, noop, noop), TypeError, 'it returned a NoneType'),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_sentence(teacher, pool, call, exc, says):
+    with pytest.raises(exc, match=says) as e:
+        call(teacher, pool, pseudo_label(teacher, pool))
+    assert str(e.value).endswith('.')
+
+
+def test_images_that_all_are_damaged_are_told_once(teacher, tmp_path):
+    (tmp_path / 'bad.png').write_bytes(b'no image')
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always', UserWarning)
+        assert len(pseudo_label(teacher, [tmp_path / 'bad.png'] * 2)) == 0
+    assert [str(o.message).split("can't")[0] for o in w if 'images' in str(o.message) or 'kept' in str(o.message)] == ['2 of 2 images ']
+
+
 def test_noise_is_for_training_images_alone(teacher, pool):
     seen = []
 
@@ -608,7 +809,7 @@ def test_many_soft_labels_are_in_memory_once(teacher, pool, monkeypatch, tmp_pat
         yield from ((i, probs, None) for i in range(len(items)))
 
     monkeypatch.setattr(self_training, 'predictions', predictions)
-    monkeypatch.setattr(self_training, '_vocab', lambda learn: [str(i) for i in range(c)])
+    monkeypatch.setattr(self_training, '_vocab', lambda *args: [str(i) for i in range(c)])
     items = [pool[0]] * n
     for stop in (n // 2, n):  # the second call goes on
         monkeypatch.setattr(self_training._Rows, 'add', interrupted_after(self_training._Rows.add, stop) if stop < n else original)

@@ -343,6 +343,10 @@ def test_inpainting_with_an_architecture(colour_dls, photos):
     assert same(learn.model[0].state_dict(), painter.model.layers[0].state_dict())
     with pytest.raises(TypeError, match='`body` must be'):
         inpainting_learner(painter.dls, 'resnet18')
+    with pytest.raises(ValueError, match='`body` must return feature maps .* leave out pooling and head'):
+        inpainting_learner(painter.dls, nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    with pytest.raises(ValueError, match='as `inpainting_learner` makes it'):
+        show_inpainting(Learner(colour_dls, nn.Flatten(), loss_func=nn.MSELoss()))
 
 
 def test_moved_body_trains_with_fixmatch(make_learner, make_dls, pool):
