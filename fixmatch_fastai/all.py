@@ -64,7 +64,7 @@ from fixmatch_fastai.uncertainty import (
     remove_spectral_norm_,
     spectral_norm_,
 )
-from fixmatch_fastai.warm_start import inpainting_dls, inpainting_learner, load_body, rotation_dls, show_inpainting
+from fixmatch_fastai.warm_start import inpainting_dls, inpainting_learner, inpainting_loss, load_body, rotation_dls, show_inpainting
 
 # `DataLoaders.unlabeled_dl` and `DataLoaders.repeat_train` come with `fixmatch_fastai.data`, `Learner.fit_fixmatch` with `fixmatch_fastai.recipe`,
 # `Learner.save_weights` and `Learner.load_weights` with `fixmatch_fastai.checkpoint`
@@ -74,7 +74,7 @@ __all__ = ['AdaMatch', 'Cutout', 'Dash', 'DebiasMatch', 'DistillationLoss', 'Dis
            'SaveFixMatch', 'SchedPartCos', 'ScoreThreshold', 'SemiBatch', 'ShowPseudoLabels', 'SoftBCELoss', 'SoftCategoryBlock',
            'SoftCrossEntropyLoss', 'SoftFocalLoss', 'SoftMatch', 'StopOnTrouble', 'SupervisedTwin', 'TableLabels', 'UDA', 'UnlabeledDL',
            'ValidatedThreshold', 'WeakTransform', 'add_drop_path', 'add_dropout', 'balance_classes', 'compare_scores', 'compare_supervised',
-           'digits_path', 'dropout_passes', 'entropy', 'fixmatch_check', 'inpainting_dls', 'inpainting_learner', 'load_body', 'mutual_info',
+           'digits_path', 'dropout_passes', 'entropy', 'fixmatch_check', 'inpainting_dls', 'inpainting_learner', 'inpainting_loss', 'load_body', 'mutual_info',
            'nesterov_sgd', 'one_minus_confidence', 'one_minus_margin', 'one_minus_mean_confidence', 'penultimate', 'plot_to_label', 'predictions',
            'predictive_entropy', 'pseudo_label', 'read_pseudo_labels', 'remove_spectral_norm_', 'rotation_dls', 'select_to_label', 'self_distill',
            'semi_weak', 'show_inpainting', 'soft_accuracy', 'spectral_norm_', 'split_labeled', 'strong_augment', 'weak_augment',

@@ -42,7 +42,7 @@ from .check import Preflight, fixmatch_check
 from .checkpoint import SaveFixMatch, _replacing
 from .data import WeakTransform, digits_path, split_labeled
 from .ema import ModelEMA
-from .experiment import CommandError, _History, _in_options, _logging, _notes, _no_formulas, _policies, _Progress, _save_csv, _savefig, _tell, _unknown, small_cnn
+from .experiment import CommandError, _check_readable, _History, _in_options, _logging, _notes, _no_formulas, _policies, _Progress, _save_csv, _savefig, _tell, _unknown, small_cnn
 from .interpret import PseudoLabelInterpretation
 from .self_training import compare_supervised, predictions
 
@@ -126,16 +126,6 @@ def _valid_files(folder, classes):
     found = _class_files(folder, '--valid')
     if unknown := [o for o in found if o not in classes]: raise CommandError(f"--valid {folder} has a class {unknown[0]!r} that --labeled has not: its classes must be among {', '.join(map(repr, classes))}.")
     return found
-
-def _check_readable(files, size, most=1000):
-    "Damaged images of the pool are replaced by others, labelled ones would end the training"
-    for o in files if len(files) <= most else random.Random(0).sample(files, most):
-        try:
-            with Image.open(o) as img:
-                img.draft('RGB', (size,size)) # JPEG is decoded no larger than that
-                img.load()
-        except Exception as e: # what damaged files make PIL raise is of many kinds
-            raise CommandError(f"The labelled image {o} can't be opened ({type(e).__name__}): mend it, or take it out of its folder.") from e
 
 def _pool_files(folders, without):
     "All images in `folders`, but for those of `without`"

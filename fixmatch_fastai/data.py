@@ -50,6 +50,10 @@ def digits_path(
 # %% ../nbs/01_data.ipynb #c3cf6520
 def _take(items, idxs): return items.iloc[idxs] if hasattr(items, 'iloc') else L(items[i] for i in idxs)
 
+def _few(counts):
+    "The first five of a dict in words"
+    return ', '.join(f'{k!r} ({n})' for k,n in list(counts.items())[:5]) + (f' and {len(counts)-5} more classes' if len(counts) > 5 else '')
+
 def split_labeled(
     items,         # Files, or other items: a list or `L`, or a DataFrame
     label_func,    # Item to its class
@@ -67,7 +71,7 @@ def split_labeled(
     if each <= 0 or n_labels%n_classes:
         raise ValueError(f"{n_labels} labels can't be shared equally among {n_classes} classes: use a multiple of {n_classes}, for example {max(1,round(n_labels/n_classes))*n_classes}.")
     short = {c: len(o) for c,o in by_class.items() if len(o) < each}
-    if short: raise ValueError(f"{n_labels} labels are {each} for each class, but there are fewer images of {short}: use fewer labels, or leave these classes out.")
+    if short: raise ValueError(f"{n_labels} labels are {each} for each class, but there are fewer images of {_few(short)}: use fewer labels, or leave these classes out.")
     rng = random.Random(seed)
     keep = {i for c in sorted(by_class, key=str) for i in rng.sample(by_class[c], each)}
     return _take(items, sorted(keep)),_take(items, [i for i in range(len(rows)) if i not in keep])

@@ -79,7 +79,7 @@ def _notes():
         yield
 
 def _unknown(option, name, names):
-    near = difflib.get_close_matches(name.lower(), names, 3)
+    near = difflib.get_close_matches(name.lower(), list(dict.fromkeys(names)), 3)
     return CommandError(f"{option} {name} is not known: " + (f"did you mean {' or '.join(near)}?" if near else f"use for example {', '.join(names[:8])}."))
 
 # %% ../nbs/12_experiment.ipynb #2db4cccb
@@ -190,7 +190,7 @@ class ViewsConfig:
 @dataclass
 class ExperimentConfig:
     "An experiment: what is trained on what, how long, and where it is written; the defaults are the paper's for CIFAR-10"
-    data:str='cifar10'                 # cifar10, cifar100, svhn, stl10 (downloaded when first used), digits, or a folder: of train/ and test/ and, if you like, unlabeled/, or of class folders
+    data:str='cifar10'                 # cifar10, cifar100, svhn, stl10 (downloaded when first used), digits, or a folder: of train/ and test/ and, if you like, unlabeled/, or of class folders, of which a quarter is kept to test on
     n_labels:int=250                   # labelled images in all, equally many of each class
     policy:str='fixed'                 # which pseudo-labels count: fixed (FixMatch), flexmatch, freematch, softmatch, adamatch, uda, dash, debiasmatch, entropy, mutual_info, feature_density; supervised: no unlabelled images
     policy_args:dict[str,Any]=field(default_factory=dict) # arguments of the policy, as policy_args.threshold=0.9
@@ -208,7 +208,7 @@ class ExperimentConfig:
     schedule:ScheduleConfig=field(default_factory=ScheduleConfig)    # how the learning rate changes
     ema:EMAConfig=field(default_factory=EMAConfig)                   # the average of the weights
     views:ViewsConfig=field(default_factory=ViewsConfig)             # weak and strong views
-    size:int|None=None            # side to which images of a folder are cropped and resized, in pixels; left out: as they are
+    size:int|None=None            # side to which images are cropped and resized, in pixels, which those of several sizes need; left out: as they are
     precision:str='fp32'               # fp32; fp16 or bf16 on a GPU
     device:str|None=None          # cpu, cuda, cuda:1, mps; left out: a GPU if there is one
     workers:int|None=None         # processes that make views; left out: as many as there are cores, 8 at most; with 0 a run repeats bit for bit
@@ -493,7 +493,17 @@ def _from_torchvision(name, root):
     folds = [[*map(int, o.split())] for o in folds.read_text().splitlines() if o.strip()] if name == 'stl10' else None
     return Images(paths['train'], paths['test'], paths.get('unlabeled', L()), _stats[name], ArrayImages({k: v for k,(v,_) in splits.items()}), folds=folds)
 
-# %% ../nbs/12_experiment.ipynb #496bb4db
+# %% ../nbs/12_experiment.ipynb #e177bf69
+def _check_readable(files, size, most=1000):
+    "Damaged images of the pool are replaced by others, labelled ones would end the training"
+    for o in files if len(files) <= most else random.Random(0).sample(files, most):
+        try:
+            with Image.open(o) as img:
+                if size: img.draft('RGB', (size,size)) # JPEG is decoded no larger than that
+                img.load()
+        except Exception as e: # what damaged files make PIL raise is of many kinds
+            raise CommandError(f"The labelled image {o} can't be opened ({type(e).__name__}): mend it, or take it out of its folder.") from e
+
 def _measured(files, opener, size, most=500):
     "Mean and standard deviation of the channels, over evenly chosen files; these must be of one size, if none is given"
     n,total,squares,seen = 0,0.,0.,set()
@@ -520,11 +530,14 @@ def _quarter(files):
 def _from_folder(folder, size):
     parts = [folder/'train',folder/'test']
     if all(o.is_dir() for o in parts): (train,test),rest = map(_class_files, parts),folder/'unlabeled'
+    elif any(there := [o.is_dir() for o in parts]): raise CommandError(f"data {folder} has {parts[there.index(True)].name}/, but no {parts[there.index(False)].name}/: give both, or a folder of class folders.")
     else: (train,test),rest = _quarter(_class_files(folder)),None
     unlabeled = get_image_files(rest).sorted() if rest is not None and rest.is_dir() else L()
     if len({parent_label(o) for o in train}) < 2 or not test:
         raise CommandError(f"data {folder} must hold folders of images for two classes or more, or such folders in train/ and in test/.")
     if strange := {parent_label(o) for o in test}-{parent_label(o) for o in train}: raise CommandError(f"data {folder}: test/ has a class {min(strange)!r} that train/ has not.")
+    _check_readable(train, size)
+    _check_readable(test, size)
     with Image.open(train[0]) as img: grey = img.mode == 'L'
     opener = PILImageBW.create if grey else PILImage.create
     return Images(train, test, unlabeled, _measured(train, opener, size), opener, grey)
@@ -554,6 +567,13 @@ _trackers = ('mlflow','tensorboard','wandb')
 
 def _tracked(config): return [] if config.track == 'none' else [o.strip() for o in config.track.split(',')]
 
+def _check_device(name):
+    "Can tensors be put there?"
+    if name is None: return
+    try: torch.empty(1, device=name)
+    except Exception as e: # torch has a kind of error for each reason
+        raise CommandError(f"device {name} is not there: use cpu{', cuda' if torch.cuda.is_available() else ''}{', mps' if torch.backends.mps.is_available() else ''}, or leave it out.") from e
+
 def _check_values(config):
     values = _flat(config)
     for k,known in _choices.items():
@@ -562,8 +582,10 @@ def _check_values(config):
         for k in names.split():
             if values[k] is not None and not ok(values[k]): raise CommandError(f"{k} must be {words}, but is {values[k]}.")
     for o in _tracked(config):
+        if o == 'none': raise CommandError("track is none, or some of mlflow, tensorboard and wandb: leave one out.")
         if o not in _trackers: raise _unknown('track', o, ['none',*_trackers])
         if importlib.util.find_spec(o) is None: raise CommandError(f"track={o} needs the package {o}, which is not installed: `pip install {o}`, or leave it out.")
+    _check_device(config.device)
     if config.precision != 'fp32' and not torch.cuda.is_available(): raise CommandError(f"precision={config.precision} needs a GPU with CUDA, and there is none: leave it out.")
 
 # %% ../nbs/12_experiment.ipynb #e89d2b3b
@@ -620,6 +642,7 @@ def get_learner(
     c = resolved(config)
     images = load_images(c) if images is None else images
     labeled,pool = images.split(c.n_labels, c.seed)
+    if Path(labeled[0]).is_file(): _check_readable(labeled, c.size) # of many images not all were looked at before
     set_seed(c.seed)
     weak = weak_augment(flip=c.views.flip)
     dls = _dataloaders(c, images, labeled+images.test, len(labeled), weak)
@@ -699,7 +722,7 @@ class MLflowCallback(Callback):
     "Logs fits as a run of [MLflow](https://mlflow.org): parameters, steps in batches, epochs, files; a server that goes away does not stop the training"
     order,run_valid = 70,False # after Recorder (50) and all that add to its log, and after SaveModel (61)
     _stateattrs = ('_client','_rows','_unsent','_unsaid','_on','_begun')
-    _client,_learn,_run_name,_rows,_unsent,_unsaid = None,None,None,(),(),()
+    _client,_learn,_run_name,_rows,_unsent,_unsaid,_path = None,None,None,(),(),(),Path()
     _on,_begun,_warned,_offset,_done,_sent_before = False,False,False,0,0,0
 
     def __init__(self,
@@ -719,12 +742,13 @@ class MLflowCallback(Callback):
     @learn.setter
     def learn(self, learn):
         self._let_go()
+        if self._learn is not None: self._path = self._learn.path # for `uri`, after a fit that it was given to
         self._learn = learn
 
     @property
     def uri(self)->str:
         "Where the run is"
-        return self.tracking_uri or os.environ.get('MLFLOW_TRACKING_URI') or f"sqlite:///{(self.learn.path/'mlflow.db').resolve().as_posix()}"
+        return self.tracking_uri or os.environ.get('MLFLOW_TRACKING_URI') or f"sqlite:///{((self.learn.path if self.learn else self._path)/'mlflow.db').resolve().as_posix()}"
 
     def _idle(self): return rank_distrib() > 0 or hasattr(self.learn, 'lr_finder') or self.learn.lock.locked() # the lock is held in `validate` and `get_preds`
 
@@ -906,7 +930,7 @@ def plot_accuracy(
     ax = ax or plt.subplots(figsize=(5.5,3.5), layout='constrained')[1]
     steps = eval_every*np.arange(1, len(history)+1)
     for col,label,color in (('raw_accuracy','raw weights','C7'), ('accuracy','averaged weights','C0')):
-        ax.plot(steps, 100*history[col].astype(float), color=color, label=f'{label}, {100*float(history[col].iloc[-1]):.1f} %')
+        ax.plot(steps, 100*history[col].astype(float), '.-' if len(steps) < 20 else '-', color=color, label=f'{label}, {100*float(history[col].iloc[-1]):.1f} %')
     ax.set(xlabel='step', ylabel='test accuracy, %')
     ax.legend(loc='lower right')
     ax.grid(alpha=.3)
@@ -986,7 +1010,7 @@ def save(self:Run)->dict: # `result`
     with _replacing(f/'learner.pkl') as tmp: learn.export(tmp.resolve())
     if self.mlflow is not None: self.mlflow.log_files(*[o for o in sorted(f.iterdir()) if o.suffix in ('.yaml','.csv','.png','.pkl')])
     row = self.result()
-    _save_text(json.dumps(row, indent=1), f/'result.json')
+    _save_text(json.dumps(row, indent=1), f/'result.json') # last, as it says that all is done
     return row
 
 # %% ../nbs/12_experiment.ipynb #f5d0dfbd
@@ -1003,9 +1027,10 @@ def run(
 
 def _check_same(c, folder):
     "Is what the folder holds the same experiment?"
-    if not (folder/'config.yaml').exists(): return
+    if not any((folder/o).exists() for o in ('result.json','history.csv','models/fixmatch.pth')): return # it was stopped before the first evaluation, so there is nothing to mix
     there,own = _flat(read_config(file=folder/'config.yaml')),_flat(c)
-    for k in set(own)-{'out','root','seed','seeds','workers','device','views.cache','log_every'}:
+    for o in (there,own): o['data'] = str(Path(o['data']).resolve()) if o['data'] not in _data else o['data']
+    for k in [o for o in own if o not in ('out','root','seed','seeds','workers','device','views.cache','log_every','track')]:
         if there[k] != own[k]: raise CommandError(f"{folder} holds a run with another {k} ({_said(there[k])} there, {_said(own[k])} here): give another name, or delete it.")
 
 def read_results(
@@ -1041,6 +1066,7 @@ def _all_seeds(c):
     for seed in range(c.seed, c.seed+c.seeds):
         one = deepcopy(c)
         one.seed = seed
+        _check_same(one, folder/f'seed_{seed}')
         done = (folder/f'seed_{seed}'/'result.json').exists()
         print(f'seed {seed}' + (': finished before' if done else ''), flush=True)
         row = run(one, images)

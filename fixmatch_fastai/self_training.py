@@ -93,6 +93,9 @@ def _mark(learn, items, *options):
     "Tells apart predictions that must not be mixed"
     mark = zlib.crc32(repr(options).encode())
     for o in items if not hasattr(items, 'iloc') else (): mark = zlib.crc32(str(_name(o, '')).encode(), mark)
+    return _weights_mark(learn, mark)
+
+def _weights_mark(learn, mark=0):
     for k,o in learn.model.state_dict().items(): mark = zlib.crc32(o.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() if o.numel() else k.encode(), mark)
     return mark
 
@@ -669,11 +672,13 @@ def _called(func, **known):
 
 def _semi(unlabeled_dl, method, learn, **known):
     "The callback of the semi-supervised arm"
-    return method(_called(unlabeled_dl, dls=learn.dls, **known) if callable(unlabeled_dl) else unlabeled_dl)
+    cb = method(_called(unlabeled_dl, dls=learn.dls, **known) if callable(unlabeled_dl) else unlabeled_dl)
+    if not isinstance(cb, Callback): raise TypeError(f"`method` must make a callback of the loader, as `lambda dl: FixMatch(dl, policy=FlexMatch())`, but made a {type(cb).__name__}.")
+    return cb
 
 def _curve(learn):
     "The last metric after each epoch of the last fit, where it is `accuracy`"
-    names = list(learn.recorder.metric_names[1:-1]) # without epoch and time
+    names = list(getattr(learn.recorder, 'metric_names', ())[1:-1]) # without epoch and time
     return [float(o[names.index('accuracy')]) for o in learn.recorder.values] if 'accuracy' in names else []
 
 # %% ../nbs/11_self_training.ipynb #3eb100b3
@@ -701,7 +706,7 @@ class SupervisedTwin:
     @property
     def runs(self)->pd.DataFrame: # `n_labels`, `seed`, `method`, `accuracy` (0 to 1), `steps`, `seconds`
         "A row for each run"
-        return pd.DataFrame([{k: v for k,v in o.items() if k not in ('right','curve')} for o in self.rows])
+        return pd.DataFrame([{k: v for k,v in o.items() if k not in ('right','curve','start')} for o in self.rows])
 
     def _of(self, n_labels, seed, method):
         "One run, or `None`"
@@ -733,6 +738,7 @@ def worth(self:SupervisedTwin,
 )->float: # NaN where one number of labels was tried only; infinite where supervised training is never as good
     "With how many labels supervised training is as good"
     acc = self.runs.pivot_table(index='n_labels', columns='method', values='accuracy')
+    if n_labels not in acc.index: raise ValueError(f"There is no run with {n_labels} labels: give one of {', '.join(map(str, acc.index))}.")
     if len(acc) < 2 or self.name not in acc or acc.supervised.isna().any(): return math.nan
     reached,labels,curve = acc.loc[n_labels, self.name],acc.index.to_numpy(float),acc.supervised.cummax().to_numpy()
     if reached > curve[-1]: return math.inf
@@ -747,7 +753,7 @@ def _sentences(n, o, methods):
     "A row of the table in words"
     many = lambda k,what: f'{int(k)} {what}{"" if k == 1 else "s"}'
     between = ', '.join(f"{o[f'low, over {k}']:+.1f} to {o[f'high, over {k}']:+.1f} over {k}" for k in ('seeds','images') if not math.isnan(o[f'low, over {k}']))
-    yield (f'{n} labels: ' if n else '') + f"mean ± standard deviation of {many(o['seeds'], 'seed')}, {many(o['images'], 'validation image')}"
+    yield (f'{n} labels: ' if n else '') + f"{'mean ± standard deviation of '*(o['seeds'] > 1)}{many(o['seeds'], 'seed')}, {many(o['images'], 'validation image')}"
     for m in methods: yield f"{m:<12}{_pm(o[f'{m} mean'], o[f'{m} std'])} %"
     yield f"{'difference':<12}{_pm(o['difference'], o['difference std'], '+6.1f')}   better in {int(o['better'])} of {int(o['seeds'])}" + (f'; 95 % interval {between}' if between else '')
     if math.isinf(o['worth']): yield f"{'worth':<12}  more labels than were tried"
@@ -763,7 +769,8 @@ def report(self:SupervisedTwin)->str:
 @patch
 def _read(self:SupervisedTwin, file):
     "Runs that were finished before"
-    self.rows = json.loads(file.read_text(encoding='utf-8'))
+    try: self.rows = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as e: raise ValueError(f"{file} is no file of finished runs: give another `out`.") from e
     for o in self.rows: o['right'] = np.array(list(o['right'])) == '1'
 
 @patch
@@ -780,12 +787,15 @@ def _run(self:SupervisedTwin, make_learner, unlabeled_dl, method, fit, seed, n_l
     learn = _called(make_learner, **known)
     if not isinstance(learn, Learner): raise TypeError(f"`make_learner` must return a Learner, but it returned a {type(learn).__name__}.")
     if any(isinstance(o, FixMatch) for o in learn.cbs): raise ValueError("`make_learner` must make a learner without FixMatch: the twin adds it to one of the two.")
+    start = _weights_mark(learn)
+    other = self._of(n_labels, seed, self.methods[not semi])
+    if other and other['start'] != start: raise ValueError("The two arms do not begin with the same weights: `make_learner` must make a new model each time, of nothing but the random numbers that `set_seed` sets.")
     if semi: learn.add_cb(_semi(unlabeled_dl, method, learn, **known))
-    steps,start = _CountSteps(),time.perf_counter()
+    steps,began = _CountSteps(),time.perf_counter()
     set_seed(seed) # what making them draws is not the same in both
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(steps): fit(learn)
-    seconds,curve,right = round(time.perf_counter()-start, 1),_curve(learn),_right(learn)
-    self.rows.append(dict(n_labels=n_labels, seed=seed, method=self.methods[semi], accuracy=float(right.mean()), steps=steps.n, seconds=seconds, right=right, curve=curve))
+    seconds,curve,right = round(time.perf_counter()-began, 1),_curve(learn),_right(learn)
+    self.rows.append(dict(n_labels=n_labels, seed=seed, method=self.methods[semi], accuracy=float(right.mean()), steps=steps.n, seconds=seconds, right=right, curve=curve, start=start))
     if semi: self.learn = learn
 
 class _CountSteps(Callback): # a callback's name is an attribute of the learner, and `_steps` is one of the recorder's
@@ -808,10 +818,13 @@ def compare_supervised(
     "Train with and without unlabelled images, on the same labels and with as many steps, and compare"
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     counts = [None] if n_labels is None else [n_labels] if isinstance(n_labels, int) else list(n_labels)
+    if name == 'supervised': raise ValueError("`name` is what the semi-supervised arm is called, and 'supervised' is the other one.")
+    if isinstance(method, type) and not issubclass(method, Callback): raise TypeError(f"`method` must make a callback of the loader, as `lambda dl: FixMatch(dl, policy={method.__name__}())`.")
     if not seeds or not counts: raise ValueError("There is nothing to compare: give one seed or more, and one number of labels or more.")
     if n_labels is not None and not _takes(make_learner, 'n_labels'): raise ValueError("With `n_labels`, `make_learner` must take it: write `def make_learner(n_labels, seed): ...`.")
     twin,out = SupervisedTwin(name),None if out is None else Path(out)
     counts = [0 if o is None else o for o in counts]
+    if out is not None: out.parent.mkdir(parents=True, exist_ok=True)
     if out is not None and out.exists(): twin._read(out)
     todo = [(n,s,semi) for n in counts for s in seeds for semi in (False,True)]
     for n,seed,semi in progress_bar(todo, leave=False) if progress else todo:
@@ -823,7 +836,10 @@ def compare_supervised(
 
 def _check_equal_steps(twin):
     steps = twin.runs.groupby('n_labels').steps.agg(['min','max'])
-    if (steps['min'] != steps['max']).any(): warnings.warn(f"The arms were not trained with as many steps, but with {int(steps['min'].min())} to {int(steps['max'].max())}: the comparison is not fair.", stacklevel=3)
+    if (steps['max'] == 0).any(): warnings.warn("No step was trained: `fit` must train the learner it is given.", stacklevel=3)
+    elif (steps['min'] != steps['max']).any(): warnings.warn(f"The arms were not trained with as many steps, but with {int(steps['min'].min())} to {int(steps['max'].max())}: the comparison is not fair.", stacklevel=3)
+    images = sorted({len(o['right']) for o in twin.rows})
+    if len(images) > 1: warnings.warn(f"Not all runs were validated on the same images, but on {images[0]} to {images[-1]} of them, so there is no interval over images: validate on the same ones with each seed.", stacklevel=3)
 
 # %% ../nbs/11_self_training.ipynb #47633663
 def _plot_curves(twin, ax):

@@ -83,7 +83,7 @@ class _Turned(Transform):
 
 def rotation_dls(
     items,                # Images without labels, in any form that `dls` opens
-    dls:DataLoaders=None, # Whose way to open and resize images, and `Normalize`, are taken over
+    dls:DataLoaders=None, # Whose way to open and resize images, to one size, and `Normalize`, are taken over
     size:int=None,        # Instead of `dls`: side to which image files are resized and cropped, in pixels
     bs:int=64,            # Turned images in a batch
     valid_pct:float=0.2,  # Share of images to validate on, above 0 and below 1
@@ -152,7 +152,7 @@ def inpainting_loss(
 # %% ../nbs/11b_warm_start.ipynb #6763d0f9
 def inpainting_learner(
     dls:DataLoaders, # From `inpainting_dls`
-    body,            # What `vision_learner` takes, as `resnet18`; or a body of your own without pooling and head, of which a copy is trained
+    body,            # A function of torchvision's that `vision_learner` takes, as `resnet18`; or a body of your own, an `nn.Sequential` without pooling and head, of which a copy is trained
     **kwargs         # To fastai's `unet_learner`, or with a body of your own to `Learner`
 )->Learner:
     "A `Learner` that fills in what is hidden, with fastai's U-Net around `body`"
@@ -161,7 +161,10 @@ def inpainting_learner(
     n = x.shape[1]
     if not isinstance(body, nn.Module):
         return unet_learner(dls, body, **{'n_out': n, 'n_in': n, 'pretrained': False, 'loss_func': inpainting_loss, **kwargs})
-    with torch.no_grad(): out = deepcopy(body).cpu().eval()(cast(x[:2], Tensor).cpu())
+    if not isinstance(body, nn.Sequential): raise TypeError(f"A body of your own must be an `nn.Sequential`, whose parts fastai's U-Net looks at, but is a {type(body).__name__}: use `nn.Sequential(*model.children())`, without pooling and head.")
+    with torch.no_grad():
+        try: out = deepcopy(body).cpu().eval()(cast(x[:2], Tensor).cpu())
+        except RuntimeError as e: raise ValueError(f"`body` can't take images of {n} channel{'s'*(n > 1)}, {tuple(x.shape[-2:])} pixels: {str(e).splitlines()[0]}.") from e
     if out.ndim != 4: raise ValueError(f"`body` must return feature maps (images, channels, height, width), but returns {tuple(out.shape)}: leave out pooling and head, as `model[:-3]` of an `nn.Sequential` does.")
     net = DynamicUnet(deepcopy(body).cpu(), n, tuple(x.shape[-2:]))
     return Learner(dls, net, **{'loss_func': inpainting_loss, **kwargs})
@@ -228,6 +231,7 @@ def load_body(
     pretrained     # A Learner, or a model, with the same body
 )->int: # How many tensors were taken
     "Copy the weights of `pretrained`'s body, everything before pooling and head, into `learn`'s model; ValueError where less than half of it fits"
+    if not isinstance(learn, Learner): raise TypeError(f"The weights are copied into a Learner's model, but the first argument is a {type(learn).__name__}: give the Learner first, then what is pretrained.")
     if not isinstance(pretrained, (Learner,nn.Module)): raise TypeError(f"`pretrained` must be a Learner or a model, but is a {type(pretrained).__name__}.")
     theirs,ours = (_body_tensors(o.model if isinstance(o, Learner) else o) for o in (pretrained,learn))
     fits = [n for n,t in ours.items() if n in theirs and theirs[n].shape == t.shape]
@@ -236,6 +240,10 @@ def load_body(
     if not fits or size(fits) < size(ours)/2:
         why = "it has no convolution" if not ours else f"for example {others[0]} of shape {tuple(ours[others[0]].shape)}, " + (f"which is {tuple(theirs[others[0]].shape)} there" if others[0] in theirs else "which is not there")
         raise ValueError(f"The pretrained body does not fit this model: of {len(ours)} tensors {len(others)} don't ({why}). Train the body with the same architecture and number of channels.")
+    left = [n for n in theirs if n not in fits]
+    if sum(theirs[n].numel() for n in left) > sum(theirs[n].numel() for n in theirs)/2:
+        raise ValueError(f"The pretrained body is a larger one: of its {len(theirs)} tensors {len(left)} have no place in this model, for example {left[0]}. Train the body with the same architecture and number of channels.")
+    if left and not others: warnings.warn(f"Of {len(theirs)} tensors of the pretrained body {len(left)} have no place in this model and are left out, such as {left[0]}: its architecture is another.", stacklevel=2)
     if others: warnings.warn(f"Of {len(ours)} tensors of the body {len(others)} don't fit and stay as they are, such as {others[0]}.", stacklevel=2)
     with torch.no_grad():
         for n in fits: ours[n].copy_(theirs[n])

@@ -93,6 +93,9 @@ def test_every_value_has_a_default_and_a_help(capsys):
         ('steps=100 eval_every=30', 'use 90 steps'),
         ('data=digits n_labels=25', 'n_labels: 25 labels'),
         ('track=mlflow,wandbb', 'track wandbb is not known: did you mean wandb'),
+        ('track=none,mlflow', 'track is none, or some of'),
+        ('device=gpu', 'device gpu is not there: use cpu'),
+        ('data=digits n_labels=1400', "images of '0' ("),
         ('--config nothing.yaml', '--config nothing.yaml is not there'),
     ],
 )
@@ -435,6 +438,15 @@ def test_mistakes_in_a_folder(folder, capsys):
     Image.new('RGB', (16, 16)).save(folder / 'test/green/0.png')
     assert "test/ has a class 'green'" in errors(capsys, f'data={folder}', 'n_labels=4', 'size=16')
     assert 'two classes or more' in errors(capsys, f'data={folder / "unlabeled"}')
+    (folder / 'test').rename(folder / 'elsewhere')
+    assert 'has train/, but no test/' in errors(capsys, f'data={folder}')
+
+
+@pytest.mark.parametrize('part', ['train', 'test'])
+def test_a_damaged_image_with_a_label(folder, capsys, part):
+    (folder / part / 'blue/broken.png').write_bytes(b'no image')
+    assert re.search(r"The labelled image .*broken\.png can't be opened \(UnidentifiedImageError\): mend it", errors(capsys, f'data={folder}', 'n_labels=4'))
+    assert "can't be opened" in errors(capsys, f'data={folder}', 'n_labels=4', 'size=16')
 
 
 def test_grey_images(tmp_path):
@@ -553,6 +565,23 @@ def test_an_interrupted_run_goes_on(monkeypatch, capsys):
     a, b = (pd.read_csv(o / 'history.csv').drop(columns='time') for o in (whole, cut))
     pd.testing.assert_frame_equal(a, b)
     assert torch.equal(weights(whole), weights(cut))
+
+
+def test_what_was_stopped_before_its_first_evaluation_may_begin_anew(monkeypatch, capsys):
+    stopping(monkeypatch, 1)
+    assert main(SMALL) == 130
+    assert main([*SMALL, 'bs=5']) == 0
+    capsys.readouterr()
+    assert 'holds a run with another bs (5 there' in errors(capsys, *SMALL)
+    assert main([*SMALL, 'bs=5', 'track=tensorboard']) == 0, 'it is not trained by its tracker'
+    assert 'finished before' in capsys.readouterr().out
+
+
+def test_a_folder_by_another_path(folder, capsys, monkeypatch):
+    args = [o for o in SMALL if not o.startswith(('data', 'n_labels'))] + ['n_labels=4', 'name=own']
+    assert main([f'data={folder}', *args]) == 0
+    assert main([f'data={os.path.relpath(folder)}', *args]) == 0
+    assert 'finished before' in capsys.readouterr().out
 
 
 def test_stopped_while_it_writes(monkeypatch, capsys):
@@ -838,6 +867,7 @@ def test_a_local_database(make_learner, monkeypatch):
     cb.log_files(learn.path / 'mlflow.db')
     own = MlflowClient(f'sqlite:///{learn.path}/mlflow.db')
     assert steps(own, cb.run_id) == [1, 2, 3]
+    assert cb.uri == f'sqlite:///{learn.path.resolve()}/mlflow.db', 'also when the fit is over'
     assert (learn.path / 'mlartifacts' / 'x' / cb.run_id / 'artifacts' / 'mlflow.db').exists() and not Path('mlruns').exists()
 
 

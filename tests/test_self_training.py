@@ -42,6 +42,7 @@ from fixmatch_fastai.all import (
     DistillationLoss,
     FixMatch,
     FixMatchTransform,
+    FlexMatch,
     LogitsMSELoss,
     NoisyStudent,
     SoftBCELoss,
@@ -768,7 +769,35 @@ def test_several_numbers_of_labels(arms):
     assert twin.plot().get_xscale() == 'log'
 
 
-def test_what_can_not_be_compared(arms):
+@pytest.mark.parametrize('resumed', [False, True])
+def test_arms_that_share_a_model_are_refused(arms, tmp_path, resumed):
+    "The second would begin where the first ended"
+    make_learner, pool = arms
+    net, out = tiny_net(), tmp_path / 'new folder/twin.json'
+    shared = lambda: Learner(make_learner().dls, net, metrics=accuracy)
+    with pytest.raises(ValueError, match='`make_learner` must make a new model each time'):
+        compare_supervised(shared, pool, seeds=1, fit=FIT, out=out, progress=False)
+    if resumed:
+        with pytest.raises(ValueError, match='`make_learner` must make a new model each time'):
+            compare_supervised(shared, pool, seeds=1, fit=FIT, out=out, progress=False)
+
+
+def test_other_validation_images_are_told(arms):
+    make_learner, pool = arms
+
+    def of_seed(seed):
+        learn = make_learner(20, seed)
+        learn.dls.loaders[1] = learn.dls.test_dl(learn.dls.valid_ds.items[: 10 + seed], with_labels=True)
+        return learn
+
+    with pytest.warns(UserWarning, match='but on 10 to 11 of them'):
+        twin = compare_supervised(of_seed, pool, seeds=2, fit=FIT, progress=False)
+    assert twin.table()['low, over images'].isna().all()
+    with pytest.raises(ValueError, match='no run with 11 labels: give one of 0'):
+        twin.worth(11)
+
+
+def test_what_can_not_be_compared(arms, tmp_path):
     make_learner, pool = arms
     with pytest.raises(ValueError, match='without FixMatch'):
         compare_supervised(lambda: (lambda o: o.add_cb(FixMatch(pool(o.dls))))(make_learner()), pool, seeds=1, progress=False)
@@ -778,6 +807,17 @@ def test_what_can_not_be_compared(arms):
         compare_supervised(lambda: None, pool, seeds=1, progress=False)
     with pytest.raises(ValueError, match='nothing to compare'):
         compare_supervised(make_learner, pool, seeds=0)
+    with pytest.raises(ValueError, match="'supervised' is the other one"):
+        compare_supervised(make_learner, pool, name='supervised')
+    with pytest.raises(TypeError, match=r'`method` must make a callback of the loader, as `lambda dl: FixMatch\(dl, policy=FlexMatch\(\)\)`'):
+        compare_supervised(make_learner, pool, method=FlexMatch)
+    with pytest.raises(TypeError, match='but made a FlexMatch'):
+        compare_supervised(make_learner, pool, seeds=1, fit=FIT, method=lambda dl: FlexMatch(), progress=False)
+    with pytest.warns(UserWarning, match='No step was trained'):
+        compare_supervised(make_learner, pool, seeds=1, fit=noop, progress=False)
+    (tmp_path / 'x.json').write_text('[{')
+    with pytest.raises(ValueError, match=r'x\.json is no file of finished runs'):
+        compare_supervised(make_learner, pool, out=tmp_path / 'x.json')
     lengths = iter([1, 2])
     with pytest.warns(UserWarning, match='with 3 to 6: the comparison is not fair'):
         compare_supervised(make_learner, pool, seeds=1, fit=lambda learn: quiet_fit(learn, next(lengths)), progress=False)

@@ -335,6 +335,23 @@ def test_load_body(colour_dls):
         assert same(before, (src.model if isinstance(src, Learner) else src).state_dict()), name
 
 
+def test_a_deeper_body_is_told_or_refused():
+    def convs(*widths):
+        sizes = list(zip((1, *widths), widths))
+        return nn.Sequential(*(nn.Conv2d(a, b, 3) for a, b in sizes), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 2))
+
+    learn = Learner(DataLoaders([], []), convs(4, 8), loss_func=nn.MSELoss())
+    with pytest.warns(UserWarning, match='Of 6 tensors of the pretrained body 2 have no place'):
+        assert load_body(learn, convs(4, 8, 4)) == 4
+    with pytest.raises(ValueError, match='The pretrained body is a larger one: of its 8 tensors 4 have no place'):
+        load_body(learn, convs(4, 8, 16, 32))
+    net = convs(4, 8)
+    before = states(net)
+    with pytest.raises(TypeError, match='give the Learner first'):
+        load_body(net, learn)
+    assert same(before, net.state_dict())
+
+
 def test_inpainting_with_an_architecture(colour_dls, photos):
     painter = inpainting_learner(inpainting_dls(photos, colour_dls, bs=4), resnet18)
     quiet_fit(painter, 1)
@@ -345,6 +362,10 @@ def test_inpainting_with_an_architecture(colour_dls, photos):
         inpainting_learner(painter.dls, 'resnet18')
     with pytest.raises(ValueError, match='`body` must return feature maps .* leave out pooling and head'):
         inpainting_learner(painter.dls, nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    with pytest.raises(TypeError, match='must be an `nn.Sequential`'):
+        inpainting_learner(painter.dls, timm.create_model('resnet10t', num_classes=0, global_pool=''))
+    with pytest.raises(ValueError, match="can't take images of 3 channels"):
+        inpainting_learner(painter.dls, two_convs()[:2])
     with pytest.raises(ValueError, match='as `inpainting_learner` makes it'):
         show_inpainting(Learner(colour_dls, nn.Flatten(), loss_func=nn.MSELoss()))
 

@@ -28,6 +28,8 @@ class Symbol(ShowDocRenderer):
         if hasattr(self.sym, '_fields'):  # a NamedTuple says everything itself
             return heading + inspect.getsource(exported(self.nm)) + '```'
         args = [('returns' if name == 'return' else f'`{name}`', arg.docment) for name, arg in self.dm.dm.items()]
+        if '.' in self.nm and not self.docs and not any(doc for _, doc in args):
+            return ''  # an event of fastai's, such as `FixMatch.before_batch`: nobody calls it
         parts = [f'{heading}{self.signature()}\n```', self.docs, table('argument', args), table('method', self.methods())]
         return '\n\n'.join(o for o in parts if o)
 
