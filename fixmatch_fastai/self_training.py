@@ -345,7 +345,7 @@ def _check_table(table):
     if not isinstance(table, pd.DataFrame) or not {'file','predicted','confidence'} <= set(table.columns):
         raise TypeError("`table` must be a DataFrame with the columns `file`, `predicted` and `confidence`, as `pseudo_label` and `read_pseudo_labels` return it.")
 
-def _path(o): return os.path.abspath(o) if isinstance(o, (str,Path)) else o
+def _path(o): return os.path.abspath(o) if isinstance(o, (str,Path)) else str(o)
 
 class TableLabels:
     "Labels of images that are in a table of pseudo-labels, and of others, as a getter for `DataBlock`"

@@ -395,6 +395,10 @@ def test_a_table_knows_files_by_any_path(teacher, pool):
     table = pseudo_label(teacher, pool)
     for o in (pool[2], os.path.relpath(pool[2]), str(pool[2])):
         assert TableLabels(table)(o) == table.predicted[2]
+    row = pd.Series({'file': str(pool[2])})
+    assert TableLabels(table, lambda o: 'labelled')(row) == 'labelled'
+    with pytest.raises(ValueError, match='is not in the table of pseudo-labels'):
+        TableLabels(table)(row)
 
 
 def test_soft_labels_go_by_the_names_of_classes(teacher, pool):
