@@ -1,10 +1,14 @@
-"The link checker finds what it is there to find"
+"What makes and checks the site finds what it is there to find"
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
+import site_hooks  # noqa: E402
 from check_site import failures  # noqa: E402
 
 
@@ -26,3 +30,12 @@ def test_each_kind_of_broken_link(tmp_path):
         'one.html links to api/three.html, and there is no api/three.html',
         'one.html links to api/two.md, and there is no api/two.md',
     ]
+
+
+def test_formulas_that_would_be_shown_as_written():
+    page = SimpleNamespace(file=SimpleNamespace(src_path='x.md'))
+    formula = r'<span class="arithmatex">\(\hat{{y}} = {} T(u)\)</span>'
+    shown = site_hooks.on_page_content(formula.format(r'\mathrm{argmax}\ '), page)
+    assert shown.startswith('<math') and '\\' not in shown
+    with pytest.raises(SystemExit, match=r'x\.md: \\arg in the formula .* is not known'):
+        site_hooks.on_page_content(formula.format(r'\arg\max'), page)

@@ -14,6 +14,8 @@ def on_page_content(content, page, **_):
             res = convert(html.unescape(m['tex']).strip(), display='block' if m['tag'] == 'div' else 'inline')
         except Exception as e:
             raise SystemExit(f'{page.file.src_path}: cannot show the formula {m["tex"]!r} ({e!r}): write it more simply.') from e
+        if unknown := re.search(r'>(\\[a-zA-Z]+)', res):  # it would be shown as it is written
+            raise SystemExit(f'{page.file.src_path}: {unknown[1]} in the formula {m["tex"]!r} is not known: write it another way.')
         return re.sub(r' mathvariant="double-struck">(\w)', lambda m: '>' + m[1].translate(LETTERS), res)
 
     content = re.sub(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', formula, content, flags=re.S)
