@@ -642,7 +642,7 @@ def get_learner(
     c = resolved(config)
     images = load_images(c) if images is None else images
     labeled,pool = images.split(c.n_labels, c.seed)
-    if Path(labeled[0]).is_file(): _check_readable(labeled, c.size) # of many images not all were looked at before
+    if not isinstance(images.opener, ArrayImages): _check_readable(labeled, c.size) # of many files not all were looked at before
     set_seed(c.seed)
     weak = weak_augment(flip=c.views.flip)
     dls = _dataloaders(c, images, labeled+images.test, len(labeled), weak)
@@ -1063,10 +1063,11 @@ def _parser():
 def _all_seeds(c):
     "Train what is not finished yet"
     images,folder = load_images(c),Path(c.out)/c.name
-    for seed in range(c.seed, c.seed+c.seeds):
+    seeds = range(c.seed, c.seed+c.seeds)
+    for seed in seeds: _check_same(c, folder/f'seed_{seed}') # of all, before the first is trained
+    for seed in seeds:
         one = deepcopy(c)
         one.seed = seed
-        _check_same(one, folder/f'seed_{seed}')
         done = (folder/f'seed_{seed}'/'result.json').exists()
         print(f'seed {seed}' + (': finished before' if done else ''), flush=True)
         row = run(one, images)

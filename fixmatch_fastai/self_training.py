@@ -251,7 +251,8 @@ class SoftLoss(nn.Module):
     def forward(self, pred, targ):
         pred,targ = pred.as_subclass(Tensor).float(),targ.as_subclass(Tensor)
         if pred.ndim != 2: raise ValueError(f"{type(self).__name__} needs logits (images, classes), but the model returned {tuple(pred.shape)}.")
-        losses = self.each(pred, self._rows(pred, targ)) if targ.ndim > 1 else self.of_classes(pred, self._rows(pred, targ))
+        each = self.each if targ.ndim > 1 else self.of_classes
+        losses = each(pred, self._rows(pred, targ))
         return losses.mean() if self.reduction == 'mean' else losses.sum() if self.reduction == 'sum' else losses
 
     def _rows(self, pred, targ):
@@ -580,7 +581,7 @@ class NoisyStudent:
         drop_path:float=0.2,  # In networks of timm: probability with which the last block is left out, 0 to below 1
         label_func=None       # Item to its true class; only `pseudo_acc`, a report, is made of it
     ):
-        if not isinstance(rounds, int) or rounds < 1: raise ValueError(f"`rounds` must be a whole number, 1 or more, but got {rounds}.")
+        _check_count('rounds', rounds, 'a whole number')
         if not callable(make_student): raise TypeError("`make_student` must be a function that makes a Learner of `dls`, as `lambda dls: vision_learner(dls, resnet34, metrics=accuracy)`.")
         _check_teacher(teacher)
         _vocab(teacher.dls, teacher.loss_func)
@@ -635,7 +636,7 @@ def self_distill(
     bs:int=None            # Images in a student's batch; default: as the learner's `dls`
 )->Learner: # The last student
     "Train on a learner's own soft predictions"
-    if not isinstance(rounds, int) or rounds < 1: raise ValueError(f"`rounds` must be a whole number, 1 or more, but got {rounds}.")
+    _check_count('rounds', rounds, 'a whole number')
     _check_teacher(learn)
     dls,items = learn.dls,learn.dls.train.dataset.items if items is None else _images(items)
     for _ in range(rounds):
@@ -655,6 +656,7 @@ def semi_weak(
     bs:int=None           # Images in a batch of pseudo-labels; default: as the teacher's `dls`
 )->Learner: # The student
     "Train on the most confident pseudo-labels of each class, then on the labels"
+    _check_count('k', k)
     unlabeled_items = _images(unlabeled_items)
     table = pseudo_label(teacher, unlabeled_items, top_k_per_class=k)
     student = _student(make_student, with_pseudo_labels(teacher.dls, table, labeled=False, bs=bs, items=unlabeled_items), False)

@@ -230,7 +230,7 @@ def load_body(
     learn:Learner, # Whose model gets the weights
     pretrained     # A Learner, or a model, with the same body
 )->int: # How many tensors were taken
-    "Copy the weights of `pretrained`'s body, everything before pooling and head, into `learn`'s model; ValueError where less than half of it fits"
+    "Copy the weights of `pretrained`'s body, everything before pooling and head, into `learn`'s model; ValueError where less than half of either body fits"
     if not isinstance(learn, Learner): raise TypeError(f"The weights are copied into a Learner's model, but the first argument is a {type(learn).__name__}: give the Learner first, then what is pretrained.")
     if not isinstance(pretrained, (Learner,nn.Module)): raise TypeError(f"`pretrained` must be a Learner or a model, but is a {type(pretrained).__name__}.")
     theirs,ours = (_body_tensors(o.model if isinstance(o, Learner) else o) for o in (pretrained,learn))

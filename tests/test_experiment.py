@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -573,6 +574,10 @@ def test_what_was_stopped_before_its_first_evaluation_may_begin_anew(monkeypatch
     assert main([*SMALL, 'bs=5']) == 0
     capsys.readouterr()
     assert 'holds a run with another bs (5 there' in errors(capsys, *SMALL)
+    root = Path('experiments/digits_20_fixed')
+    shutil.copytree(root / 'seed_0', root / 'seed_8')
+    assert 'seed_8 holds a run with another bs' in errors(capsys, *SMALL, 'seed=7', 'seeds=2')
+    assert not (root / 'seed_7').exists(), 'it is said before the first seed is trained'
     assert main([*SMALL, 'bs=5', 'track=tensorboard']) == 0, 'it is not trained by its tracker'
     assert 'finished before' in capsys.readouterr().out
 

@@ -520,6 +520,7 @@ def of_several(dls):
         (lambda t, p, df: NoisyStudent(t.model, noop, p), TypeError, 'must be a Learner'),
         (lambda t, p, df: NoisyStudent(t, lambda dls: None, p, threshold=0.0).fit(noop), TypeError, 'it returned a NoneType'),
         (lambda t, p, df: self_distill(t, lambda dls: None, noop), TypeError, 'it returned a NoneType'),
+        (lambda t, p, df: semi_weak(t, noop, p, noop, noop, k=0), ValueError, '`k` is a number of images'),
         (lambda t, p, df: semi_weak(t, lambda dls: None, p, noop, noop), TypeError, 'it returned a NoneType'),
     ],
 )
