@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_matrix.py --device cuda                      all rows in all precisions, some minutes
     python benchmarks/gpu_matrix.py --device cuda --only MixUp fit     rows with these words in their names
+    python benchmarks/gpu_matrix.py --device cuda --processes 14       the same in a minute, where there are as many cores
 
 It needs pytest beside the package, and writes gpu_matrix.md with hardware and versions. On the CPU, fastai's mixed precision does
 nothing, and the networks return half-precision logits instead: that shows that the script runs, not that a GPU does.
@@ -13,8 +14,10 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -53,6 +56,25 @@ def outcome(row, bench):
     return 'works'
 
 
+def trial(index, device, precision):
+    "The outcome of one row, by its number: a process can't be sent the functions that a row holds"
+    with tempfile.TemporaryDirectory() as tmp:
+        return outcome(ROWS[index], Bench(Path(tmp), device, precision))
+
+
+def trials(rows, device, precisions, processes):
+    "`(row, precision, outcome)` of all, one after another or in several processes"
+    todo = [(row, precision) for precision in precisions for row in rows]
+    if processes == 1:
+        for row, precision in todo:
+            yield row, precision, trial(ROWS.index(row), device, precision)
+        return
+    with ProcessPoolExecutor(processes, get_context('spawn')) as pool:
+        outcomes = [pool.submit(trial, ROWS.index(row), device, precision) for row, precision in todo]
+        for (row, precision), said in zip(todo, outcomes):
+            yield row, precision, said.result()
+
+
 def page(results, device):
     "Row -> precision -> outcome, as Markdown"
     columns = list(next(iter(results.values())))
@@ -71,6 +93,7 @@ def main(argv=None):
     parser.add_argument('--device', default='cuda', help='cuda, cuda:1, or cpu for a trial')
     parser.add_argument('--precision', nargs='+', choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument('--only', nargs='+', metavar='WORDS', help='rows with any of these in their names')
+    parser.add_argument('--processes', type=int, default=1, help='how many train rows beside each other')
     parser.add_argument('--out', default=HERE, type=Path, help='folder for gpu_matrix.md')
     args = parser.parse_args(argv)
     if torch.device(args.device).type == 'cuda' and not torch.cuda.is_available():
@@ -79,14 +102,12 @@ def main(argv=None):
     if not rows:
         sys.exit(f'No row has {" or ".join(args.only)} in its name.')
     results = {o.name: {} for o in rows}
-    for precision in args.precision:
-        start = time.time()
-        for row in rows:
-            with tempfile.TemporaryDirectory() as tmp:
-                results[row.name][precision] = said = outcome(row, Bench(Path(tmp), args.device, precision))
-            if said != 'works':
-                print(f'{precision}, {row.name}: {said}', flush=True)
-        print(f'{precision}: {len(rows)} rows in {time.time() - start:.0f} s', flush=True)
+    start = time.time()
+    for row, precision, said in trials(rows, args.device, args.precision, args.processes):
+        results[row.name][precision] = said
+        if said != 'works':
+            print(f'{precision}, {row.name}: {said}', flush=True)
+    print(f'{len(rows) * len(args.precision)} trials in {time.time() - start:.0f} s', flush=True)
     (args.out / 'gpu_matrix.md').write_text(page(results, args.device), encoding='utf-8')
 
 

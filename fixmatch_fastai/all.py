@@ -11,6 +11,7 @@ from fixmatch_fastai.meta_pseudo_labels import MetaPseudoLabels
 from fixmatch_fastai.policy import (
     UDA,
     AdaMatch,
+    AlignedLabels,
     Dash,
     DebiasMatch,
     DistributionAlignment,
@@ -24,7 +25,7 @@ from fixmatch_fastai.policy import (
     SoftMatch,
 )
 from fixmatch_fastai.record import StopOnTrouble
-from fixmatch_fastai.recipe import SchedPartCos, nesterov_sgd
+from fixmatch_fastai.recipe import FrozenBatchNorm, SchedPartCos, nesterov_sgd, probe, probe_head
 from fixmatch_fastai.self_training import (
     DistillationLoss,
     LogitsMSELoss,
@@ -68,14 +69,14 @@ from fixmatch_fastai.warm_start import inpainting_dls, inpainting_learner, inpai
 
 # `DataLoaders.unlabeled_dl` and `DataLoaders.repeat_train` come with `fixmatch_fastai.data`, `Learner.fit_fixmatch` with `fixmatch_fastai.recipe`,
 # `Learner.save_weights` and `Learner.load_weights` with `fixmatch_fastai.checkpoint`
-__all__ = ['AdaMatch', 'Cutout', 'Dash', 'DebiasMatch', 'DistillationLoss', 'DistributionAlignment', 'FeatureDensity', 'FixMatch',
-           'FixMatchBatchTransform', 'FixMatchTransform', 'FixedThreshold', 'FlexMatch', 'FreeMatch', 'LogitsMSELoss', 'MCDropout', 'MLflowCallback',
+__all__ = ['AdaMatch', 'AlignedLabels', 'Cutout', 'Dash', 'DebiasMatch', 'DistillationLoss', 'DistributionAlignment', 'FeatureDensity', 'FixMatch',
+           'FixMatchBatchTransform', 'FixMatchTransform', 'FixedThreshold', 'FlexMatch', 'FreeMatch', 'FrozenBatchNorm', 'LogitsMSELoss', 'MCDropout', 'MLflowCallback',
            'MetaPseudoLabels', 'ModelEMA', 'MultiLabelThreshold', 'NoisyStudent', 'Policy', 'PseudoLabelInterpretation', 'PseudoLabels',
            'SaveFixMatch', 'SchedPartCos', 'ScoreThreshold', 'SemiBatch', 'ShowPseudoLabels', 'SoftBCELoss', 'SoftCategoryBlock',
            'SoftCrossEntropyLoss', 'SoftFocalLoss', 'SoftMatch', 'StopOnTrouble', 'SupervisedTwin', 'TableLabels', 'UDA', 'UnlabeledDL',
            'ValidatedThreshold', 'WeakTransform', 'add_drop_path', 'add_dropout', 'balance_classes', 'compare_scores', 'compare_supervised',
            'digits_path', 'dropout_passes', 'entropy', 'fixmatch_check', 'inpainting_dls', 'inpainting_learner', 'inpainting_loss', 'load_body', 'mutual_info',
            'nesterov_sgd', 'one_minus_confidence', 'one_minus_margin', 'one_minus_mean_confidence', 'penultimate', 'plot_to_label', 'predictions',
-           'predictive_entropy', 'pseudo_label', 'read_pseudo_labels', 'remove_spectral_norm_', 'rotation_dls', 'select_to_label', 'self_distill',
+           'predictive_entropy', 'probe', 'probe_head', 'pseudo_label', 'read_pseudo_labels', 'remove_spectral_norm_', 'rotation_dls', 'select_to_label', 'self_distill',
            'semi_weak', 'show_inpainting', 'soft_accuracy', 'spectral_norm_', 'split_labeled', 'strong_augment', 'weak_augment',
            'with_pseudo_labels']

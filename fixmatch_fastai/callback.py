@@ -18,7 +18,7 @@ from fastai.callback.core import Callback
 from fastai.torch_basics import Pipeline, Tensor, TensorImage, cast, compose_tfms, noop, patch, to_device
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .policy import FixedThreshold, Policy, PseudoLabels, SemiBatch, alone
+from .policy import FixedThreshold, Policy, PseudoLabels, SemiBatch, alone, masked
 from .record import SemiRecorder, plot_pseudo_labels, plot_steps
 
 # %% ../nbs/04_callback.ipynb #7a98eb48
@@ -82,13 +82,14 @@ class _Step(NamedTuple):
     weak: Any           # Weak views as the model sees them, (M, ...), where they are not in the main pass
     strong: Any         # Strong views that wait for the main pass
     logits: Any = None  # Of the weak views, where they have had a pass of their own
+    logits_x: Any = None # Of the labelled images, where the policy needs them from that pass
     pseudo: Any = None  # What the policy decided of them, where it had to before the main pass
     shown: Any = None   # Places (K,) of the strong views in the main pass, where these are not all
     order: Any = None   # In which the rows of the main pass enter a DataParallel model
 
 # %% ../nbs/04_callback.ipynb #c168ffd0
 class EarlyPass(Callback):
-    "Gives `FixMatch(forward='split')` and `'selective'` the moment for their pass without gradient: right before the main one"
+    "Gives `FixMatch` the moment for a pass without gradient over the weak views: right before the main one"
     # after CastToTensor (9), MixedPrecision (10), which enters autocast, and DistributedTrainer (11)
     order,run_valid = 12,False
     def before_batch(self):
@@ -98,6 +99,10 @@ class EarlyPass(Callback):
 def _check_loader(dl):
     if not hasattr(dl, '__iter__'): raise TypeError(f"`unlabeled_dl` must be a loader, but is a {type(dl).__name__}: make it with `dls.unlabeled_dl(files)`.")
 
+def _check_teacher(teacher):
+    if teacher is None or isinstance(teacher, Callback) and hasattr(type(teacher), 'ema'): return
+    raise TypeError(f"`teacher` must be a ModelEMA, but is {'the class' if isinstance(teacher, type) else 'a'} {getattr(teacher, '__name__', type(teacher).__name__)}: use for example `teacher=ModelEMA(half_life=35)`.")
+
 class FixMatch(Callback):
     "Semi-supervised training on labelled and unlabelled images ([FixMatch](https://arxiv.org/abs/2001.07685), algorithm 1)"
     # after MixUp and CutMix (0) blend the labelled batch, which must not see ours; before GradientAccumulation (6) may cancel the step
@@ -106,6 +111,7 @@ class FixMatch(Callback):
     _unlabeled_dl = _stream = _pending = _learn = _set_for = _before_lr_find = _checked = _early = None
     _preflight = None # the room `check` puts a quick one here
     _n_told = 0
+    teacher,warmup,_seated = None,0.,False
 
     def __init__(self,
         unlabeled_dl,          # `dls.unlabeled_dl(items)`, or any loader of weak and strong views, see `unpack`
@@ -113,7 +119,9 @@ class FixMatch(Callback):
         lambda_u:float=1.0,    # Weight of the unlabelled loss, 0 or more (λ_u); or a schedule of it over the fit, as `SchedLin(0, 1)`
         T:float=1.0,           # Temperature of the confidence, above 0; below 1 it sharpens
         policy:Policy=None,    # Which pseudo-labels count; default `FixedThreshold(threshold, T)`
-        forward:str='joint'    # `'joint'`: labelled, weak and strong images in one pass, as in the paper; `'split'`: weak ones first, in a pass without gradient; `'selective'`: besides, only strong ones that count
+        forward:str='joint',   # `'joint'`: labelled, weak and strong images in one pass, as in the paper; `'split'`: weak ones first, in a pass without gradient; `'selective'`: besides, only strong ones that count
+        teacher:Callback=None, # A `ModelEMA`, whose average makes the pseudo-labels, in eval mode; default: the model itself, as in the paper
+        warmup:float=0.        # Share of the fit, 0 to below 1, at its beginning that is on labelled images alone
     ):
         _check_loader(unlabeled_dl)
         if not all(o >= 0 for o in (map(lambda_u, (0.,.5,1.)) if callable(lambda_u) else [lambda_u])):
@@ -122,7 +130,11 @@ class FixMatch(Callback):
         if policy is not None and (threshold,T) != (0.95,1.0):
             raise ValueError("Give either `policy`, or `threshold` and `T`: a policy has its own, as in `FixedThreshold(threshold, T)`.")
         if not (policy is None or isinstance(policy, Policy)): raise TypeError(f"`policy` must be a Policy, but is a {type(policy).__name__}: use for example `policy=FixedThreshold(0.9)`.")
+        _check_teacher(teacher)
+        if isinstance(warmup, bool) or not isinstance(warmup, (int,float)) or not 0 <= warmup < 1:
+            raise ValueError(f"`warmup` is a share of the fit, 0 or more and below 1, but got {warmup!r}.")
         self._unlabeled_dl,self._lambda_u,self._forward = unlabeled_dl,lambda_u,forward
+        self.teacher,self.warmup = teacher,float(warmup)
         self.policy = FixedThreshold(threshold, T) if policy is None else policy
         self._recorder,self._early = SemiRecorder(),EarlyPass()
 
@@ -133,12 +145,16 @@ class FixMatch(Callback):
     def learn(self, learn):
         if self._learn is not None and any(cb is self for cb in self._learn.cbs): # not so for a copy of an attached one
             self._clean_up()
-            self._learn.remove_cbs([self._recorder, *[cb for cb in self._learn.cbs if cb is self._early]])
+            self._learn.remove_cbs([self._recorder, *[cb for cb in self._learn.cbs if cb is self._early or self._seated and cb is self.teacher]])
+            self._seated = False
         self._learn = learn
         if learn is None: return
         if self._recorder.learn is learn: return # `removed_cbs` put them back before
         if self._recorder.learn is not None: self._recorder,self._early = SemiRecorder(),EarlyPass() # this is a copy
-        learn.add_cbs([self._recorder] + [self._early]*(self._forward != 'joint'))
+        learn.add_cbs([self._recorder] + [self._early]*self._weak_first)
+
+    @property
+    def _weak_first(self): return self._forward != 'joint' or self.teacher is not None
 
 # %% ../nbs/04_callback.ipynb #d2e1a432
 def _own(dl): return getattr(dl, '__dict__', {}).get('dl', dl) # fastai's `DistributedDL` wraps a loader in training on several processes
@@ -186,6 +202,16 @@ def _labeled(self:FixMatch)->Tensor: # Labelled images (B, channels, H, W)
     self._check_target(y)
     return cast(x, Tensor)
 
+# %% ../nbs/04_callback.ipynb #f397fe1d
+@patch(as_prop=True)
+def warming_up(self:FixMatch)->bool:
+    "Does this step of training see labelled images alone, by `warmup`?"
+    return self.learn.pct_train < self.warmup - 1e-6 and not hasattr(self.learn, 'lr_finder') # what adds up to 0.4 is a little less
+
+@patch
+def after_loss(self:FixMatch):
+    if self.warming_up: self._recorder.add_labeled(self.learn.loss_grad, len(self.xb[0]))
+
 # %% ../nbs/04_callback.ipynb #8c67c1a3
 @patch
 def _next_batch(self:FixMatch):
@@ -215,10 +241,11 @@ def _views(self:FixMatch, x)->tuple: # `(weak, strong, truth, idxs)`; the last t
 
 @patch
 def before_batch(self:FixMatch):
+    if self.warming_up: return
     x = self._labeled()
     weak,strong,truth,idxs = self._views(x)
     step = _Step(len(x), len(weak), truth, idxs, weak, strong)
-    self._pending = self._joined(step, weak, strong) if self._forward == 'joint' else step
+    self._pending = step if self._weak_first else self._joined(step, weak, strong)
 
 @patch
 def _joined(self:FixMatch, step, *views):
@@ -241,10 +268,17 @@ def _split_off(self:FixMatch):
     if isinstance(pred, Tensor): self.learn.pred = pred[:step.n_x]
     return step,xb,pred
 
+@patch(as_prop=True)
+def _labeler(self:FixMatch):
+    "The network that makes the pseudo-labels"
+    average = getattr(self.teacher, 'ema', None) # `None` in an `lr_find` before the first training
+    return self.model if average is None else average.module
+
 @patch
 def _set_up(self:FixMatch, policy, n_classes):
     "Set `policy` up, which is ours or a copy, unless ours has been for this model and as many classes; returns for what"
-    model = self.model.module if isinstance(self.model, (DataParallel,DistributedDataParallel)) else self.model
+    model = self._labeler
+    model = model.module if isinstance(model, (DataParallel,DistributedDataParallel)) else model
     if self._set_for is None or self._set_for[0] is not self.policy or self._set_for[1] is not model or self._set_for[2] != n_classes:
         pool = getattr(self._unlabeled_dl, 'dataset', None)
         policy.setup(n_classes, len(pool) if hasattr(pool, '__len__') else None, model)
@@ -265,11 +299,14 @@ def _logits(self:FixMatch, pred, n):
 
 @patch
 def after_pred(self:FixMatch):
+    if self._pending is None: return # labels alone
     step,xb,pred = self._split_off()
     rest = self._logits(pred, len(xb))[step.n_x:]
     weak,strong = rest.split(step.n_u) if step.logits is None else (step.logits,rest)
     x,y,views = xb[:step.n_x],cast(self.yb[0], Tensor),xb[step.n_x:step.n_x+step.n_u] if step.weak is None else step.weak
-    def total(loss_x, pred): return self._total(loss_x, step, SemiBatch(x, y, views, step.idxs, pred.detach().float(), weak.detach().float()), strong.float())
+    def total(loss_x, pred):
+        logits_x = pred.detach().float() if step.logits_x is None else step.logits_x
+        return self._total(loss_x, step, SemiBatch(x, y, views, step.idxs, logits_x, weak.detach().float()), strong.float())
     self.learn.loss_func = OneCallLoss(self.learn, total)
 
 # %% ../nbs/04_callback.ipynb #2d46eef0
@@ -290,6 +327,7 @@ def _total(self:FixMatch, loss_x, step, batch, logits_strong):
     shown = pseudo if step.shown is None else PseudoLabels(*(o[step.shown] for o in pseudo))
     lambda_u = self._lambda_u(self.learn.pct_train) if callable(self._lambda_u) else self._lambda_u
     with torch.autocast(logits_strong.device.type, enabled=False):
+        logits_strong,shown = masked(logits_strong, shown)
         losses = self.policy.loss(logits_strong, shown)
         if losses.shape != shown.weights.shape:
             raise ValueError(f"The policy {type(self.policy).__name__} gives weights {tuple(shown.weights.shape)} for losses {tuple(losses.shape)}: make them the same shape, one of each for an unlabelled image.")
@@ -299,6 +337,15 @@ def _total(self:FixMatch, loss_x, step, batch, logits_strong):
     return loss_x + lambda_u*loss_u + penalty
 
 # %% ../nbs/04_callback.ipynb #08fb95e8
+@contextmanager
+def _as_in_validation(model):
+    flags = [(m,m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for m,f in flags: m.training = f
+
 def _shown(weights, parts=8):
     "Places of what counts, filled up with what does not to a multiple of an eighth of all, so that few sizes occur"
     counts = (weights > 0).flatten(1).any(1) if weights.ndim > 1 else weights > 0
@@ -307,17 +354,24 @@ def _shown(weights, parts=8):
     return counts.float().sort(descending=True, stable=True).indices[:n]
 
 @patch
+def _label(self:FixMatch, x):
+    "Logits of `x`, without gradient, from what makes the pseudo-labels: a teacher judges in eval mode, the model as it trains"
+    net = self._labeler
+    if self.teacher is not None:
+        with _as_in_validation(net): return net(x)
+    with torch.no_grad(): return (net.module if isinstance(net, DistributedDataParallel) else net)(x)
+
+@patch
 def _pass_weak(self:FixMatch):
     "The weak views' pass without gradient, and, for `'selective'`, the decision which strong ones count"
     step = self._pending
     if step is None: return
     x,selective = cast(self.xb[0], Tensor),self._forward == 'selective'
-    both = selective and self.policy.needs_labeled
-    net = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-    with torch.no_grad(): pred = net(torch.cat([x, step.weak]) if both else step.weak)
+    both = self.policy.needs_labeled and (selective or self.teacher is not None)
+    pred = self._label(torch.cat([x, step.weak]) if both else step.weak)
     logits = self._logits(pred, step.n_u + step.n_x*both)
     logits_x,logits = (logits[:step.n_x].float(),logits[step.n_x:]) if both else (None,logits)
-    step = step._replace(logits=logits)
+    step = step._replace(logits=logits, logits_x=logits_x)
     if selective:
         pseudo = self._decide(SemiBatch(x, cast(self.yb[0], Tensor), step.weak, step.idxs, logits_x, logits.float()), self.policy)
         step = step._replace(pseudo=pseudo, shown=_shown(pseudo.weights))
@@ -350,8 +404,19 @@ def _put_back(self:FixMatch):
     self.learn.loss_func = own_loss(self.learn)
 
 @patch
+def _seat_teacher(self:FixMatch):
+    "See that the teacher is among the Learner's callbacks, and so follows its weights; given beside us, it is"
+    if self.teacher is None or any(cb is self.teacher for cb in self.learn.cbs): return
+    if any(isinstance(cb, type(self.teacher)) for cb in self.learn.cbs):
+        raise ValueError("The Learner has another ModelEMA than the teacher: give that one, as in `FixMatch(unlabeled_dl, teacher=learn.model_ema)`, or take it off with `learn.remove_cb(ModelEMA)`.")
+    self.learn.add_cb(self.teacher)
+    self._seated = True
+    self.teacher('before_fit') # the others have been called in a list that was made before
+
+@patch
 def before_fit(self:FixMatch):
     self._clean_up()
+    self._seat_teacher()
     if not self.create_mbar: return self._recorder.start() # in `validate` and `get_preds`
     known = self._unlabeled_dl is not None and _tells_truth(self._unlabeled_dl, self.policy.multi_label)
     self._recorder.start(['loss_x','loss_u','mask_rate'] + ['pseudo_acc']*known)
@@ -418,21 +483,12 @@ def plot(self:FixMatch,
     return plot_steps(self.history, smooth, figsize, self._recorder.by_class, self._recorder.vocab)
 
 # %% ../nbs/04_callback.ipynb #4b424912
-@contextmanager
-def _as_in_validation(model):
-    flags = [(m,m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for m,f in flags: m.training = f
-
 @patch
 def peek(self:FixMatch,
     n:int=None,        # Unlabelled images at most; default: a whole batch
     labeled:bool=True  # A batch of labelled images too?
 )->tuple: # `(SemiBatch, truth, weak, strong)`: `truth` (M,), of several labels (M, C), is `None` where the loader knows none; the views are as loaded
-    "One fresh batch as a policy would see it in training, but with the model in eval mode; nothing is trained or remembered"
+    "One fresh batch as a policy would see it in training, but with the model, or its teacher, in eval mode; nothing is trained or remembered"
     if self._unlabeled_dl is None: raise ValueError("This learner was loaded without its unlabelled images: there are none to look at.")
     if self.learn is None: raise ValueError("FixMatch has no learner, as it was given to a fit that is over: give it to the Learner, with `learn.add_cb(...)`, to look at pseudo-labels.")
     stream = endless(self._unlabeled_dl, self.learn.dls, alone=True)
@@ -440,9 +496,9 @@ def peek(self:FixMatch,
     stream.close()
     train,device = _own(self.learn.dls.train),next(self.model.parameters()).device
     x,y = (train.one_batch() if hasattr(train, 'one_batch') else next(iter(train))) if labeled else (None,None)
-    with _as_in_validation(self.model):
+    with _as_in_validation(self._labeler):
         x,y,idxs,views = (None if o is None else cast(to_device(o, device), Tensor) for o in (x,y,idxs,self._finish(to_device(weak, device))))
-        logits_x,logits_weak = (None if o is None else cast(self.model(o), Tensor).float() for o in (x,views))
+        logits_x,logits_weak = (None if o is None else cast(self._labeler(o), Tensor).float() for o in (x,views))
     return SemiBatch(x, y, views, idxs, logits_x, logits_weak),truth,weak,strong
 
 # %% ../nbs/04_callback.ipynb #a375951a

@@ -28,7 +28,8 @@ def _troubles(
     steps:np.ndarray, # A row of nine for each
     window:int        # Steps for which a thing must have lasted
 )->list: # Of three booleans: a loss is not finite, no pseudo-label counts, all are of one class
-    last = steps[-window:] if len(steps) >= window else steps[:0]
+    seen = steps[steps[:,6] > 0] # without those of a warm-up
+    last = seen[-window:] if len(seen) >= window else seen[:0]
     one_class = (last[:,7] >= .99).all() and len(set(last[:,8])) == 1
     return [not np.isfinite(steps[:,:2]).all(), len(last) > 0 and not last[:,2].any(), len(last) > 0 and one_class]
 
@@ -95,7 +96,7 @@ class SemiRecorder(Callback):
         n_classes:int=None   # C, to count by class
     ):
         "Note one step; nothing waits for the device"
-        if self._fresh: self._rows,self._steps,self._fresh,self.trouble,self._classes,self._said = [],np.zeros((0,9)),False,{},[],None
+        self._begin()
         targets,weights = pseudo
         if n_classes is not None and weights.ndim == 1: self._count(targets.argmax(1) if targets.ndim == 2 else targets, weights, policy, n_classes)
         share,top = _most_frequent(targets, weights)
@@ -107,6 +108,18 @@ class SemiRecorder(Callback):
             counted,correct = w.sum(),(w*(targets == truth)).sum()
         row = torch.stack([o.detach().float() for o in (loss_x, loss_u, weights.mean(), correct, counted, share, top)])
         self._rows.append((row,(n_x,len(weights))))
+
+    def add_labeled(self,
+        loss_x, # Labelled loss, a scalar tensor
+        n_x:int # Labelled images in the batch
+    ):
+        "Note a step on labelled images alone"
+        self._begin()
+        loss_x = loss_x.detach().float()
+        self._rows.append((torch.cat([loss_x.view(1), loss_x.new_zeros(6)]),(n_x,0)))
+
+    def _begin(self):
+        if self._fresh: self._rows,self._steps,self._fresh,self.trouble,self._classes,self._said = [],np.zeros((0,9)),False,{},[],None
 
     def _count(self, targets, weights, policy, n_classes):
         "Add to the present span of steps how often each class was said, and how much of that counted"
@@ -192,16 +205,18 @@ class SemiRecorder(Callback):
         if not self._classes: return {}
         steps,said,needed = zip(*self._classes)
         said = torch.stack(said).cpu().numpy()
-        out = dict(step=np.cumsum(steps), said=said[:,0], share=np.divide(said[:,1], said[:,0], out=np.full_like(said[:,0], np.nan), where=said[:,0] > 0))
+        alone = int((self._steps[:,6] == 0).cumprod().sum()) # steps on labels alone, with which a fit may begin
+        out = dict(step=alone+np.cumsum(steps), said=said[:,0], share=np.divide(said[:,1], said[:,0], out=np.full_like(said[:,0], np.nan), where=said[:,0] > 0))
         return out if needed[0] is None else {**out, 'threshold': torch.stack([o.expand(said.shape[2]) for o in needed]).cpu().numpy()}
 
     @property
-    def history(self)->pd.DataFrame: # `loss_x`, `loss_u`, `mask_rate`, `pseudo_acc`, a row for each step of the last fit
+    def history(self)->pd.DataFrame: # `loss_x`, `loss_u`, `mask_rate`, `pseudo_acc`, a row for each step of the last fit; the last three are NaN for steps on labels alone
         "What each step of the last fit left"
         if self._rows: self._fetch()
         correct,counted = self._steps[:,3],self._steps[:,4]
         acc = np.divide(correct, counted, out=np.full(len(counted), np.nan), where=counted > 0)
-        return pd.DataFrame(dict(loss_x=self._steps[:,0], loss_u=self._steps[:,1], mask_rate=self._steps[:,2], pseudo_acc=acc)).rename_axis('step')
+        loss_u,mask_rate = np.where(self._steps[:,6] > 0, self._steps[:,1:3].T, np.nan)
+        return pd.DataFrame(dict(loss_x=self._steps[:,0], loss_u=loss_u, mask_rate=mask_rate, pseudo_acc=acc)).rename_axis('step')
 
 # %% ../nbs/05_record.ipynb #9a387a7d
 class StopOnTrouble(Callback):
@@ -239,6 +254,7 @@ def plot_steps(
             ax.plot(history.index, history[c], color=f'C{i}', alpha=.25, lw=.8)
             ax.plot(history.index, history[c].rolling(smooth, min_periods=1).mean(), color=f'C{i}', label=labels[c])
         ax.set_xlabel('step')
+        if (alone := int(history.mask_rate.isna().cumprod().sum())): ax.axvspan(0, alone, color='.93', zorder=0, label='labels alone')
         _legend_below(ax)
         ax.grid(alpha=.3)
     axs[0].set(title='losses', ylabel='cross-entropy, nats', ylim=(0,None))
@@ -252,7 +268,7 @@ def _names(vocab, n): return [truncstr(str(i), 14, suf='…') for i in (range(n)
 def _plot_classes(ax, o, vocab):
     "How many pseudo-labels of each class count, as colours; where a class is never said there is none"
     n = o['share'].shape[1]
-    edges = np.r_[0, o['step']]
+    edges = np.r_[2*o['step'][0]-o['step'][1] if len(o['step']) > 1 else 0, o['step']] # spans are equally long; a warm-up lies before the first
     mesh = ax.pcolormesh(edges, np.arange(n+1)-.5, np.ma.masked_invalid(o['share'].T), vmin=0, vmax=1, cmap='viridis')
     ax.set(title='pseudo-labels of each class that count', xlabel='step', ylabel='pseudo-label', ylim=(n-.5,-.5))
     ax.set_facecolor('.9')

@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
 
-from .policy import Memory, Policy, PseudoLabels, Unseen, _check_above_0, _check_range, _rows, _sum
+from .policy import Memory, Policy, PseudoLabels, Unseen, _check_above_0, _check_range, _rows, finite_rows, sum_rows
 
 # %% ../nbs/03_uncertainty.ipynb #b874ea07
 def _one_pass(probs, score):
@@ -239,9 +239,11 @@ class ClassGaussians(Memory):
         y:Tensor         # Classes, int64 (B,)
     ):
         "Take in the labelled images of a step, of all processes"
-        member,d = F.one_hot(y, len(self.n)).float().T,features-self.mean[y] # about the old mean: no small difference of large squares
+        finite = finite_rows(features)[:,None]
+        member = (F.one_hot(y, len(self.n))*finite).float().T
+        d = torch.where(finite, features-self.mean[y], 0.) # about the old mean: no small difference of large squares
         new = torch.cat([member.sum(1, keepdim=True), member@d, member@d**2], 1)
-        n,s,ss = _sum(new[None])[0].split([1,*2*d.shape[1:]], 1)
+        n,s,ss = sum_rows(new[None])[0].split([1,*2*d.shape[1:]], 1)
         total = self.decay*self.n + n[:,0]
         step = s/total[:,None].clamp(min=1e-12)
         self.n.copy_(total)
@@ -259,13 +261,16 @@ class ClassGaussians(Memory):
 
     def log_density(self,
         features:Tensor # float32 (M, D)
-    )->Tensor: # (M,) in nats, −∞ while no class is known
+    )->Tensor: # (M,) in nats, −∞ while no class is known, and for features that are not finite
         "Log Σ_k π_k N(f; µ_k, σ_k²) over the classes seen so far, π_k their shares"
-        var = self.variance()
-        f,mean = features-features.mean(0),self.mean-features.mean(0)
+        var,finite = self.variance(),finite_rows(features)
+        features = torch.where(finite[:,None], features, 0.)
+        centre = features.sum(0)/finite.sum().clamp(min=1)
+        f,mean = features-centre,self.mean-centre
         # one product of matrices for (f−µ)²⁄σ²: the differences themselves would take M·C·D numbers
         squares = f**2@(1/var).T - 2*f@(mean/var).T + (mean**2/var).sum(1)
-        return torch.logsumexp((self.n/self.n.sum().clamp(min=1e-12)).log() - ((2*math.pi*var).log().sum(1) + squares)/2, 1)
+        density = torch.logsumexp((self.n/self.n.sum().clamp(min=1e-12)).log() - ((2*math.pi*var).log().sum(1) + squares)/2, 1)
+        return torch.where(finite, density, -math.inf)
 
 # %% ../nbs/03_uncertainty.ipynb #40de16ec
 def penultimate(
@@ -311,7 +316,7 @@ class FeatureDensity(Policy):
         return PseudoLabels(batch.logits_weak.argmax(1), (density[n_x:] >= self.recent.nanquantile(self.quantile)).float())
 
     def _learn(self, features, density, y):
-        density = torch.where(self.gaussians.n[y] > 0, density, torch.nan) # as it was before this step; not yet of a class that is new
+        density = torch.where((self.gaussians.n[y] > 0) & density.isfinite(), density, torch.nan) # as it was before this step; not yet of a class that is new
         self.recent.copy_(torch.cat([self.recent, _rows(density)])[-len(self.recent):])
         self.gaussians.update(features, y)
 

@@ -1,0 +1,388 @@
+"""Few labels on a pretrained network: what unlabelled photos are worth, and what plain FixMatch makes of them.
+
+    python benchmarks/photos.py --images trashnet-160.tar scenes-128.tar --weights mobilenetv2_100.safetensors     the table: a night on two cores
+    python benchmarks/photos.py ... --device cuda --processes 14                                                   the same in minutes, on a GPU with 16 cores
+    python benchmarks/photos.py ... --only probe labels recipe --labels 4 --seeds 1                                some of it
+    python benchmarks/photos.py ... --search                                                                       how the recipe's defaults were found
+
+A set of photos is a folder with a folder for each class, or such a folder in a tar. Images whose names begin with test_ are test images;
+where there are none, 600 are, equally many of each class, chosen once. `--search` sees training images alone: of these it holds a fifth out.
+Each run goes to photos.csv as it ends; what is there is not run again. At the end photos.md and photos.png are written.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import random
+import re
+import sys
+import tarfile
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+
+for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'):
+    os.environ.setdefault(name, '1')  # before numpy is imported, in each process
+warnings.filterwarnings('ignore')  # before fastai is imported
+
+import fastai  # noqa: E402
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import timm  # noqa: E402
+import torch  # noqa: E402
+from fastai.vision.all import (  # noqa: E402
+    Callback,
+    CategoryBlock,
+    DataBlock,
+    ImageBlock,
+    IndexSplitter,
+    L,
+    ParamScheduler,
+    Resize,
+    SchedCos,
+    accuracy,
+    combine_scheds,
+    get_image_files,
+    nn,
+    parent_label,
+    set_seed,
+    vision_learner,
+)
+from PIL import Image  # noqa: E402
+
+from fixmatch_fastai.all import (  # noqa: E402
+    AlignedLabels,
+    DebiasMatch,
+    FixedThreshold,
+    FixMatch,
+    FixMatchTransform,
+    FlexMatch,
+    FreeMatch,
+    FrozenBatchNorm,
+    ModelEMA,
+    SoftMatch,
+    WeakTransform,
+    probe,
+    probe_head,
+    split_labeled,
+    strong_augment,
+    weak_augment,
+)
+
+HERE = Path(__file__).parent
+COLUMNS = ['images', 'labels', 'arm', 'seed', 'steps', 'accuracy', 'seconds', 'n_test', 'pool', 'mask_rate', 'pseudo_acc', 'options', 'hardware']
+
+
+# --- photos ------------------------------------------------------------------------------------------------------------------------------
+
+
+def unpacked(source, store, size):
+    "The photos of a folder or tar in class folders under `store`, their shorter side `size` pixels, written once without loss"
+    name = source.name.removesuffix('.tar')
+    target = store / f'{name}-at-{size}'
+    if target.exists():
+        return target
+    if source.suffix == '.tar':
+        if not (store / name).exists():
+            with tarfile.open(source) as f:
+                f.extractall(store / name, filter='data')
+        source = store / name
+    partial_ = store / f'{name}-{os.getpid()}'
+    for file in get_image_files(source):
+        img = Image.open(file).convert('RGB')
+        scale = size / min(img.size)
+        img = img.resize([max(size, round(o * scale)) for o in img.size], Image.Resampling.BILINEAR)
+        to = partial_ / file.parent.name / f'{file.stem}.bmp'
+        to.parent.mkdir(parents=True, exist_ok=True)
+        img.save(to)
+    partial_.rename(target)
+    return target
+
+
+@cache
+def parts(folder, search):
+    "`(train, test)`: files; for a search both are of the training images"
+    files = get_image_files(folder).sorted()
+    test = files.filter(lambda o: o.name.startswith('test_'))
+    if not test:
+        test, _ = split_labeled(files, parent_label, 600 // n_classes(files) * n_classes(files))
+    train = L(sorted(set(files) - set(test)))
+    if not search:
+        return train, test
+    rng, by_class = random.Random(1), {}
+    for o in train:
+        by_class.setdefault(parent_label(o), []).append(o)
+    held_out = {o for v in by_class.values() for o in rng.sample(v, len(v) // 5)}
+    return train.filter(lambda o: o not in held_out), L(sorted(held_out))
+
+
+def n_classes(files):
+    return len({parent_label(o) for o in files})
+
+
+# --- arms --------------------------------------------------------------------------------------------------------------------------------
+
+
+class Photos:
+    "One set of photos with some labels: makes the learner and the pool, alike for all arms"
+
+    def __init__(self, args, folder, n_each, seed, search=False):
+        self.args, self.seed = args, seed
+        train, self.test = parts(folder, search)
+        self.labeled, _ = split_labeled(train, parent_label, n_each * n_classes(train), seed + 1000 * search)
+        self.pool = train  # with the labelled images, as in the paper
+
+    def learner(self, bs=8, epoch=30, **kwargs):
+        set_seed(self.seed)
+        items = self.labeled + self.test
+        block = DataBlock(
+            blocks=(ImageBlock, CategoryBlock),
+            get_y=parent_label,
+            splitter=IndexSplitter(range(len(self.labeled), len(items))),
+            item_tfms=[Resize(self.args.size), WeakTransform(weak_augment())],
+        )
+        dls = block.dataloaders(items, bs=bs, val_bs=100, num_workers=0, device=self.args.device).repeat_train(epoch)
+        opts = dict(pretrained_cfg_overlay=dict(file=str(self.args.weights))) if self.args.weights else {}
+        if self.args.network.startswith('mobilenetv2'):
+            opts['pad_type'] = 'same'
+        learn = vision_learner(dls, self.args.network, metrics=accuracy, **kwargs, **opts)
+        learn.recorder.add_time = False
+        return learn
+
+    def unlabeled_dl(self, dls, mu=4, strong='timm', cutout=True):
+        weak = weak_augment()
+        strong = weak if strong == 'weak' else strong_augment(strong, weak)
+        if not cutout:
+            strong.cutout = Image.Image.copy  # as it is
+        tfm = FixMatchTransform(weak=weak, strong=strong)
+        return dls.unlabeled_dl(self.pool, mu=mu, tfm=tfm, label_func=parent_label, cache=True, num_workers=0)
+
+
+def quiet(learn, fit):
+    with learn.no_bar(), learn.no_logging():
+        fit()
+    return learn
+
+
+def judged(learn):
+    with learn.no_bar(), learn.no_logging():
+        return float(learn.validate()[1])
+
+
+class Light(Callback):
+    "Trains of the body nothing but weights and biases of BatchNorm"
+
+    order = -50
+
+    def before_fit(self):
+        norms = {id(p) for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
+        for p in self.model[0].parameters():
+            p.requires_grad_(id(p) in norms)
+
+
+def recipe(photos, steps=300, policy='aligned', half_life=None, bs=8, mu=4, strong='timm', cutout=True, light=False, n_epoch=3, **kwargs):
+    "`learn.fine_tune_fixmatch`, with any of its settings"
+    learn = photos.learner(bs)
+    pool = photos.unlabeled_dl(learn.dls, mu, strong, cutout)
+    if half_life:
+        kwargs['teacher'] = ModelEMA(half_life=half_life)
+    quiet(learn, partial(learn.fine_tune_fixmatch, pool, steps, policy=POLICIES[policy](), n_epoch=n_epoch, cbs=[Light()] * light, **kwargs))
+    history = learn.fix_match.history.tail(50)
+    curve = [o[-5] if len(o) > 5 else o[-1] for o in learn.recorder.values]
+    return dict(accuracy=judged(learn), mask_rate=history.mask_rate.mean(), pseudo_acc=history.pseudo_acc.mean(), curve=curve)
+
+
+def labels_alone(photos, steps=300, bs=8, base_lr=3e-4, body_lr=0.3, half_life=None, **_):
+    "The recipe without the pool: from the probe's head, BatchNorm frozen, weights averaged"
+    learn = photos.learner(bs, epoch=steps)
+    found = probe_head(learn)
+    learn.unfreeze()
+    lrs = base_lr * np.array([body_lr] * (len(learn.opt.param_lists) - 1) + [1.0])
+    cycle = ParamScheduler({'lr': partial(_times, combine_scheds([0.25, 0.75], [SchedCos(0.1, 1.0), SchedCos(1.0, 0.01)]), lrs)})
+    quiet(learn, partial(learn.fit, 1, cbs=[ModelEMA(half_life=half_life or max(1, steps / 8)), FrozenBatchNorm(), cycle]))
+    return dict(accuracy=judged(learn), probe=found.accuracy)
+
+
+def _times(sched, lr, pos):
+    return lr * sched(pos)
+
+
+def fine_tuned(photos, steps=300, policy=None, bs=8, mu=4, **_):
+    "fastai's own `fine_tune`, with `FixMatch` among the callbacks where there is a policy"
+    learn = photos.learner(bs, epoch=steps // 10)
+    if policy:
+        learn.add_cb(FixMatch(photos.unlabeled_dl(learn.dls, mu), policy=PLAIN[policy]()))
+    quiet(learn, partial(learn.fine_tune, 9))
+    if not policy:
+        return dict(accuracy=judged(learn))
+    history = learn.fix_match.history.tail(50)
+    return dict(accuracy=judged(learn), mask_rate=history.mask_rate.mean(), pseudo_acc=history.pseudo_acc.mean())
+
+
+def probed(photos, steps=300, **_):
+    return dict(accuracy=probe(photos.learner()).accuracy)
+
+
+POLICIES = {
+    'aligned': AlignedLabels,
+    'aligned 0.6': partial(AlignedLabels, 0.6),
+    'aligned 0.7': partial(AlignedLabels, 0.7),
+    'aligned 0.9': partial(AlignedLabels, 0.9),
+    'aligned T 1': partial(AlignedLabels, T=1.0),
+    'aligned T 0.25': partial(AlignedLabels, T=0.25),
+    'aligned decay 0.99': partial(AlignedLabels, decay=0.99),
+    'fixed 0.8': partial(FixedThreshold, 0.8),
+    'flexmatch': FlexMatch,
+    'freematch': partial(FreeMatch, decay=0.95),
+    'softmatch': partial(SoftMatch, decay=0.95),
+    'debiasmatch': partial(DebiasMatch, 0.8, decay=0.95),
+    'debiasmatch margin': partial(DebiasMatch, 0.8, decay=0.95, margin=True),
+}
+PLAIN = dict(fixmatch=FixedThreshold, flexmatch=FlexMatch, freematch=FreeMatch, softmatch=SoftMatch, debiasmatch=DebiasMatch)
+ARMS = {
+    'probe': probed,
+    'labels, `fine_tune`': fine_tuned,
+    'labels, from the probe': labels_alone,
+    **{f'plain {name}': partial(fine_tuned, policy=name) for name in PLAIN},
+    'recipe': recipe,
+    **{f'recipe, {name}': partial(recipe, policy=name) for name in POLICIES if name != 'aligned'},
+}
+
+# One setting after another is changed; what follows from it is in the recipe's defaults
+TRIALS = [
+    ('labels_alone', dict(steps=150)),
+    ('recipe', dict(steps=150)),
+    ('labels_alone', dict(steps=300)),
+    ('recipe', dict(steps=300)),
+    ('recipe', dict(base_lr=1e-3)),
+    ('labels_alone', dict(base_lr=1e-3)),
+    ('recipe', dict(base_lr=1e-4)),
+    ('recipe', dict(policy='aligned 0.6')),
+    ('recipe', dict(mu=7)),
+    ('recipe', dict(mu=2)),
+    ('recipe', dict(half_life=18)),
+    ('recipe', dict(half_life=75)),
+    ('recipe', dict(body_lr=1.0)),
+    ('recipe', dict(body_lr=0.1)),
+    ('recipe', dict(light=True, base_lr=1e-3, body_lr=1.0)),
+    ('recipe', dict(policy='fixed 0.8')),
+    ('recipe', dict(policy='debiasmatch')),
+    ('recipe', dict(policy='debiasmatch margin')),
+    ('recipe', dict(policy='softmatch')),
+    ('recipe', dict(policy='freematch')),
+    ('recipe', dict(policy='flexmatch')),
+    ('recipe', dict(policy='aligned 0.9')),
+    ('recipe', dict(policy='aligned T 1')),
+    ('recipe', dict(policy='aligned decay 0.99')),
+    ('recipe', dict(strong='google')),
+    ('recipe', dict(cutout=False)),
+    ('recipe', dict(strong='weak')),
+    ('recipe', dict(lambda_u=3.0)),
+    ('recipe', dict(lambda_u=0.3)),
+    ('recipe', dict(warmup=0.2)),
+    ('recipe', dict(warmup=0.7)),
+    ('recipe', dict(bs=16, mu=4)),
+    ('recipe', dict(steps=600)),
+    ('labels_alone', dict(steps=600)),
+]
+
+
+# --- runs --------------------------------------------------------------------------------------------------------------------------------
+
+
+def hardware(device):
+    name = torch.cuda.get_device_name() if device == 'cuda' else platform.machine()
+    if device == 'cpu' and (info := Path('/proc/cpuinfo')).exists():
+        name = re.search(r'model name\s*:\s*(.*)', info.read_text())[1] + ', one thread'
+    return f'{name}; Python {platform.python_version()}, torch {torch.__version__.split("+")[0]}, fastai {fastai.__version__}, timm {timm.__version__}'
+
+
+def run(args, source, n_each, arm, seed, options):
+    "One run, as a row"
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    folder = unpacked(source, args.store, args.size)
+    photos = Photos(args, folder, n_each, seed, args.search)
+    func = dict(recipe=recipe, labels_alone=labels_alone)[arm] if args.search else ARMS[arm]
+    found = func(photos, **{'steps': args.steps, **options})
+    extra = {k: v for k, v in found.items() if k not in COLUMNS}
+    row = dict(images=source.name.removesuffix('.tar'), labels=n_each, arm=arm, seed=seed, steps=options.get('steps', args.steps))
+    row |= {k: round(float(found[k]), 4) for k in ('accuracy', 'mask_rate', 'pseudo_acc') if k in found}
+    row |= dict(seconds=round(time.perf_counter() - start, 1), n_test=len(photos.test), pool=len(photos.pool))
+    return row | dict(options=json.dumps({**options, **extra}), hardware=hardware(args.device))
+
+
+def key(row):
+    options = {k: v for k, v in json.loads(row['options']).items() if k not in ('curve', 'probe')}
+    return row['images'], int(row['labels']), row['arm'], int(row['seed']), int(row['steps']), json.dumps(options)
+
+
+def finished(file):
+    if not file.exists():
+        return set()
+    with file.open(newline='', encoding='utf-8') as f:
+        return {key(o) for o in csv.DictReader(f)}
+
+
+def append(file, row):
+    with file.open('a', newline='', encoding='utf-8') as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        if f.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def todo(args):
+    for options in TRIALS if args.search else [(o, {}) for o in args.only]:
+        for n_each in args.labels:
+            for source in args.images:
+                for seed in range(args.seeds):
+                    yield source, n_each, options[0], seed, options[1]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--images', type=Path, nargs='+', required=True, help='folders or tars of photos in class folders')
+    parser.add_argument('--network', default='mobilenetv2_100', help='any of timm')
+    parser.add_argument('--weights', type=Path, help='safetensors file of its pretrained weights (default: they are downloaded)')
+    parser.add_argument('--size', type=int, default=96, help='side of what the network sees, in pixels')
+    parser.add_argument('--labels', type=int, nargs='+', default=[4, 8, 25], help='labelled photos of each class')
+    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--steps', type=int, default=300)
+    parser.add_argument('--only', nargs='+', default=list(ARMS), choices=list(ARMS), metavar='ARM')
+    parser.add_argument('--search', action='store_true', help='try settings of the recipe, on training images alone')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--processes', type=int, default=2, help='runs beside each other, of one thread each')
+    parser.add_argument('--minutes', type=float, default=1e9, help='begin no run after that')
+    parser.add_argument('--store', type=Path, default=Path('photos'), help='where unpacked photos are kept')
+    parser.add_argument('--out', type=Path, default=HERE)
+    args = parser.parse_args(argv)
+    start = time.monotonic()
+    file = args.out / ('photos_search.csv' if args.search else 'photos.csv')
+    for o in args.images:
+        unpacked(o, args.store, args.size)
+    done = finished(file)
+    left = [o for o in todo(args) if (o[0].name.removesuffix('.tar'), o[1], o[2], o[3], o[4].get('steps', args.steps), json.dumps(o[4])) not in done]
+    print(f'{len(left)} runs to do, {len(done)} done before', flush=True)
+    with ProcessPoolExecutor(args.processes, get_context('spawn')) as pool:
+        waiting, running, n = list(reversed(left)), set(), 0
+        while waiting or running:
+            while waiting and len(running) < args.processes and time.monotonic() - start < 60 * args.minutes:
+                running.add(pool.submit(run, args, *waiting.pop()))
+            if not running:
+                break
+            future = next(as_completed(running))
+            running.remove(future)
+            row, n = future.result(), n + 1
+            append(file, row)
+            print(f'{n}/{len(left)} {row["images"]} {row["labels"]} {row["arm"]} {row["options"][:60]} seed {row["seed"]}: {100 * row["accuracy"]:.1f} % in {row["seconds"]:.0f} s', flush=True)
+
+
+if __name__ == '__main__':
+    main()
