@@ -3,11 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
-LONG := ^(when_it_does_not_help|own_policy|cifar10)\.
+LONG := ^(when_it_does_not_help|own_policy|cifar10|photos)\.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint check links wheel notebooks nightly unit test-compat matrix bench bench-policies bench-self-training outputs docs pages readme export format clean
+.PHONY: help demo test lint check links wheel notebooks nightly unit test-compat matrix bench bench-photos bench-policies bench-self-training outputs docs pages readme export format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -41,7 +41,7 @@ wheel: $(READY) ## Build the package, install it elsewhere and import it
 	@echo '--- wheel'
 	@$(BIN)/python tools/check_wheel.py
 
-notebooks: $(READY) ## Run the notebooks, but for three long tutorials
+notebooks: $(READY) ## Run the notebooks, but for the long tutorials
 	@echo '--- notebooks'
 	@OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --skip-file-re '^[_.]|$(LONG)'
 
@@ -60,6 +60,9 @@ matrix: $(READY) ## Train FixMatch beside everything in the compatibility matrix
 
 bench: $(READY) ## Measure views, steps, memory and growth (15 minutes on one core); options in ARGS, as in ARGS="--device cuda"
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ARGS)
+
+bench-photos: $(READY) ## Measure what a pool is worth to a pretrained network (a night on two cores); options in ARGS, as in ARGS="--images trashnet scenes --weights FILE"
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/photos.py $(ARGS)
 
 bench-policies: $(READY) ## Measure every policy (an hour on two cores); options in ARGS, as in ARGS="--images cifar10/train --labels 250"
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/policies.py $(ARGS)

@@ -210,7 +210,9 @@ def warming_up(self:FixMatch)->bool:
 
 @patch
 def after_loss(self:FixMatch):
-    if self.warming_up: self._recorder.add_labeled(self.learn.loss_grad, len(self.xb[0]))
+    if not self.warming_up: return
+    self.learn.loss = self.learn.loss.float() # Recorder smooths it together with those of the other steps, which are
+    self._recorder.add_labeled(self.learn.loss_grad, len(self.xb[0]))
 
 # %% ../nbs/04_callback.ipynb #8c67c1a3
 @patch
@@ -241,8 +243,8 @@ def _views(self:FixMatch, x)->tuple: # `(weak, strong, truth, idxs)`; the last t
 
 @patch
 def before_batch(self:FixMatch):
+    x = self._labeled() # says early what is wrong with it
     if self.warming_up: return
-    x = self._labeled()
     weak,strong,truth,idxs = self._views(x)
     step = _Step(len(x), len(weak), truth, idxs, weak, strong)
     self._pending = step if self._weak_first else self._joined(step, weak, strong)
@@ -276,13 +278,15 @@ def _labeler(self:FixMatch):
 
 @patch
 def _set_up(self:FixMatch, policy, n_classes):
-    "Set `policy` up, which is ours or a copy, unless ours has been for this model and as many classes; returns for what"
-    model = self._labeler
-    model = model.module if isinstance(model, (DataParallel,DistributedDataParallel)) else model
-    if self._set_for is None or self._set_for[0] is not self.policy or self._set_for[1] is not model or self._set_for[2] != n_classes:
+    "Set `policy` up, which is ours or a copy, unless ours has been for what makes the labels of this model and as many classes; returns for what"
+    labeler,model = (o.module if isinstance(o, (DataParallel,DistributedDataParallel)) else o for o in (self._labeler,self.model))
+    known = self._set_for is not None and self._set_for[0] is self.policy and self._set_for[2] == n_classes and self._set_for[3] is model
+    if not known or self._set_for[1] is not labeler:
         pool = getattr(self._unlabeled_dl, 'dataset', None)
-        policy.setup(n_classes, len(pool) if hasattr(pool, '__len__') else None, model)
-    return self.policy,model,n_classes
+        memory = policy.state_dict()
+        policy.setup(n_classes, len(pool) if hasattr(pool, '__len__') else None, labeler)
+        if known: policy.load_state_dict(memory) # only the teacher is another, as its average is made anew from weights that were loaded
+    return self.policy,labeler,n_classes,model
 
 @patch
 def _logits(self:FixMatch, pred, n):

@@ -562,9 +562,18 @@ def _never_labeled(fm, most=1000):
     return missing if n <= most else []
 
 # %% ../nbs/09_check.ipynb #8d11ced2
+def _few_on_pretrained(fm, most=25):
+    "How many labelled images a pretrained network has, where that is at most `most` of each class, and no teacher labels the pool; else `None`"
+    n,vocab = getattr(_dataset(fm.dls.train), '__len__', lambda: None)(),_vocab(fm)
+    few = getattr(fm.learn, 'pretrained', False) and fm.teacher is None and n and vocab is not None and n <= most*len(vocab)
+    return n if few else None
+
 def quick_check(fm:FixMatch):
-    "Warn of classes without labelled image, and of validation images in the pool; `FixMatch` calls it before its first step"
+    "Warn of classes without labelled image, of validation images in the pool, and of a pretrained network with few labels and no teacher; `FixMatch` calls it before its first step"
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0: return
+    if few := _few_on_pretrained(fm):
+        warnings.warn(f"The network is pretrained and has {few} labelled images: there FixMatch as in the paper, which labels the pool with a head that has learned little, usually does worse than the labels alone. "
+                      "Use `learn.fine_tune_fixmatch(unlabeled_dl)`, or `FixMatch(unlabeled_dl, teacher=ModelEMA(half_life=40), warmup=0.4)` after `probe_head(learn)`.", stacklevel=2)
     if missing := _never_labeled(fm):
         warnings.warn(f"No labelled image is of class {_few(missing)}: label some, or leave what is missing out of the vocabulary. `fixmatch_check(learn)` looks at more.", stacklevel=2)
     n,such = _shared_paths(fm)

@@ -151,9 +151,14 @@ def _fixmatch_state(fm):
     return dict(policy=fm.policy.state_dict(), n_classes=fm._set_for and fm._set_for[2], steps=fm._recorder._steps, trouble=fm._recorder.trouble, place=place,
                 classes=[*fm._recorder._classes], said=fm._recorder._said, n_said=fm._recorder._n_said)
 
+def _load_memory(fm, policy, o):
+    "Give `policy`, which is that of `fm` or a copy, the memory it had; returns for what it is then set up"
+    is_set_up = o['n_classes'] is not None # not so in a warm-up, and then the first unlabelled batch makes a memory anew
+    policy.load_state_dict(o['policy'], strict=is_set_up)
+    return fm._set_up(policy, o['n_classes']) if is_set_up else None
+
 def _set_fixmatch_state(fm, o):
-    fm.policy.load_state_dict(o['policy'])
-    if o['n_classes'] is not None: fm._set_for = fm._set_up(fm.policy, o['n_classes'])
+    fm._set_for = _load_memory(fm, fm.policy, o)
     rec = fm._recorder
     rec._rows,rec._steps,rec._fresh,rec.trouble = [],o['steps'].numpy(),False,o['trouble']
     rec._classes,rec._said,rec._n_said = o.get('classes', []),o.get('said'),o.get('n_said', 0)
@@ -165,6 +170,7 @@ def _start_stream(fm, o):
     seed,drawn = o['place']
     world = torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
     last = int(o['steps'][-1,6])*world # images in the last batch
+    if not last: return # a place is that of an earlier fit
     fm._unlabeled_dl.start_at((seed,drawn-last))
     fm._stream = endless(fm._unlabeled_dl, fm.learn.dls)
     next(fm._stream)
@@ -203,16 +209,22 @@ def _data_setting(learn):
 # %% ../nbs/08_checkpoint.ipynb #c670ab7e
 def _quarters(f): return ' '.join(f'{v:.4g}' for p in (0.,.25,.5,.75) for v in np.ravel(f(p) if callable(f) else f))
 
+def _teacher_setting(fms):
+    "What a run may have, but need not: checkpoints of versions without it fit one that has none"
+    found = {'share on labels alone': [fm.warmup for fm in fms if fm.warmup], 'decay of the teacher': [fm.teacher.decay for fm in fms if fm.teacher is not None]}
+    return {k: v for k,v in found.items() if v}
+
 def _training_setting(learn):
-    opt,net = learn.opt,get_model(learn.model)
+    opt,net,fms = learn.opt,get_model(learn.model),learn._grab_cbs(FixMatch)
+    own = [(n,cb) for n,cb in _stateful(learn) if not any(cb is fm.teacher for fm in fms)] # a teacher may not be among them before its first fit
     steps = opt.cbs if isinstance(opt, Optimizer) else [opt.opt]
     scheds = {k: f for cb in learn._grab_cbs(ParamScheduler) for k,f in cb.scheds.items()}
     return {**{f'shape of {n}': tuple(v.shape) for n,v in net.state_dict().items() if isinstance(v, Tensor)},
             'weights that are trained': sum(p.numel() for p in net.parameters() if p.requires_grad), 'parameters in each group': [len(o) for o in opt.param_lists],
             'optimizer': [getattr(getattr(o, 'func', o), '__name__', type(o).__name__) for o in steps],
             **{f'schedule of {k}': _quarters(f) for k,f in scheds.items()}, **{k: [h.get(k) for h in opt.hypers] for k in ('lr','wd')},
-            'policy': [_described(fm.policy) for fm in learn._grab_cbs(FixMatch)], 'lambda_u': [_quarters(fm._lambda_u) for fm in learn._grab_cbs(FixMatch)],
-            'decay of the average': [o.decay for o in learn._grab_cbs(ModelEMA)], 'callbacks with a state': [n for n,cb in _stateful(learn) if _has_state_dict(cb)]}
+            'policy': [_described(fm.policy) for fm in fms], 'lambda_u': [_quarters(fm._lambda_u) for fm in fms], **_teacher_setting(fms),
+            'decay of the average': [cb.decay for _,cb in own if isinstance(cb, ModelEMA)], 'callbacks with a state': [n for n,cb in own if _has_state_dict(cb)]}
 
 def _setting(learn):
     "What must be the same for a run to go on, by name"
@@ -231,10 +243,7 @@ def _check_same(name, saved, own):
 
 def _check_memory(name, fm, o):
     "Would the policy take this memory?"
-    try:
-        policy = deepcopy(fm.policy)
-        policy.load_state_dict(o['policy'])
-        if o['n_classes'] is not None: fm._set_up(policy, o['n_classes'])
+    try: _load_memory(fm, deepcopy(fm.policy), o)
     except (RuntimeError,ValueError) as e: raise ValueError(f"{name} holds another policy's memory: use the policy of that run, or give another `fname`. {e}") from e
 
 # %% ../nbs/08_checkpoint.ipynb #6f067dc2
@@ -369,17 +378,19 @@ def _begin(self:SaveFixMatch):
 @patch
 def _resume(self:SaveFixMatch, o):
     learn = self.learn
-    for fm in learn._grab_cbs(FixMatch):
+    fms = learn._grab_cbs(FixMatch)
+    for fm in fms:
         if not o['finished']: _start_stream(fm, o['fixmatch']) # first, as it may fail
-        _set_fixmatch_state(fm, o['fixmatch'])
-        fm._checked = fm._unlabeled_dl # a preflight would draw random numbers
     get_model(learn.model).load_state_dict(o['model'])
+    _set_cbs_state(learn, o['cbs']) # ModelEMA knows better than the model which weights it has to hold
+    for fm in fms:
+        _set_fixmatch_state(fm, o['fixmatch']) # its policy is set up for the teacher's network, which is a new one now
+        fm._checked = fm._unlabeled_dl # a preflight would draw random numbers
     _set_opt_state(learn.opt, o['opt'])
     if getattr(learn, 'scaler', None) and o['scaler'] and learn.scaler.state_dict(): learn.scaler.load_state_dict(o['scaler'])
     _set_record_state(learn, o['record'])
     self._rows = o['rows']
     for row in self._rows: learn.logger(L(row))
-    _set_cbs_state(learn, o['cbs']) # ModelEMA knows better than the model which weights it has to hold
     learn.train_iter = o['train_iter']
     for generator,state in zip(_generators(learn.dls.train), o['generators']): _set_generator_state(generator, state)
     if not rank_distrib(): _set_random_state(o['random']) # other processes draw their own

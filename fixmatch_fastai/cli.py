@@ -26,14 +26,15 @@ from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import IndexSplitter, Normalize, get_image_files, parent_label
 from fastai.learner import load_learner
 from fastai.metrics import accuracy
-from fastai.torch_basics import L, default_device, patch, set_seed
+from fastai.torch_basics import L, Tensor, default_device, patch, set_seed
 from fastai.vision import models
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW, imagenet_stats
 from fastai.vision.data import ImageBlock
-from fastai.vision.learner import model_meta, vision_learner
+from fastai.vision.learner import create_body, model_meta, vision_learner
 from fastcore.docments import docments
 from PIL import Image
+from safetensors.torch import load_file
 
 from . import __version__
 from .augment import FixMatchBatchTransform, FixMatchTransform, weak_augment
@@ -44,6 +45,7 @@ from .data import WeakTransform, digits_path, split_labeled
 from .ema import ModelEMA
 from .experiment import CommandError, _check_readable, _History, _in_options, _logging, _notes, _no_formulas, _policies, _Progress, _save_csv, _savefig, _tell, _unknown, small_cnn
 from .interpret import PseudoLabelInterpretation
+from .recipe import probe # with `fine_tune_fixmatch`
 from .self_training import compare_supervised, predictions
 
 # %% ../nbs/13_cli.ipynb #a0ad0099
@@ -150,12 +152,76 @@ def _policy(name, threshold=None):
     try: return cls(threshold=threshold)
     except ValueError as e: raise CommandError(f"--threshold: {e}") from e
 
+# what each takes where it is not told: those of finetune were measured on photos, those of paper are the paper's, or fastai's
+_recipes = dict(finetune=dict(policy='aligned', bs=8, mu=4, epochs=3), paper=dict(policy='fixed', bs=16, mu=7, epochs=5))
+
+def _recipe(name, pretrained, forward):
+    "The name of a recipe that the network is for; left out, the one that suits it"
+    if name is None: name = 'finetune' if pretrained else 'paper'
+    if name.lower() not in _recipes: raise _unknown('--recipe', name, list(_recipes))
+    if name.lower() == 'paper': return 'paper'
+    if not pretrained:
+        raise CommandError("--recipe finetune begins with what a pretrained network knows: "
+                           "leave out --no-pretrained, or use --recipe paper.")
+    if forward == 'joint': return 'finetune'
+    raise CommandError(f"--forward {forward} can't be given with --recipe finetune, whose teacher sees the weak views "
+                       "in a pass of its own: leave it out, or use --recipe paper.")
+
+def _of_finetune(name):
+    "What `fine_tune_fixmatch` takes where `name` is left out"
+    return inspect.signature(Learner.fine_tune_fixmatch).parameters[name].default
+
 def _arch(name):
     "A function of torchvision's that `vision_learner` knows, or a timm name"
     arch = getattr(models, name, None)
     if callable(arch) and arch in model_meta: return arch
     if timm.is_model(name): return name
     raise _unknown('--arch', name, list(dict.fromkeys(['resnet18','resnet34','resnet50','convnext_tiny','efficientnet_b0',*sorted({*timm.list_models(), *(o.__name__ for o in model_meta)})])))
+
+# %% ../nbs/13_cli.ipynb #a12ac030
+def _weights_file(file, pretrained):
+    if file is None: return
+    if not pretrained: raise CommandError("--weights gives pretrained weights, and --no-pretrained wants none: leave out one of the two.")
+    if Path(file).is_file(): return Path(file)
+    raise CommandError(f"--weights {file} is not there: give a .safetensors or .pth file with the weights of the network.")
+
+def _read_state(file):
+    "Tensors by name"
+    wanted = "give a state dict, as a .safetensors or .pth file."
+    try: found = load_file(file) if file.suffix == '.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as e: # of many kinds, from safetensors, zip, pickle and torch
+        raise CommandError(f"--weights {file} can't be read as weights ({type(e).__name__}), it is damaged or something else: {wanted}") from e
+    for k in ('state_dict','model'): # where training code puts it, beside other things
+        if isinstance(found, dict) and isinstance(found.get(k), dict): found = found[k]
+    tensors = {k.removeprefix('module.'): v for k,v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
+    if not tensors: raise CommandError(f"--weights {file} holds no weights by name: {wanted}")
+    return tensors
+
+
+# %% ../nbs/13_cli.ipynb #931fba15
+def _places(body, arch):
+    "Tensors of a learner's body by their names in the whole network, and all names of that"
+    if isinstance(arch, str): return body.model.state_dict(),set(timm.create_model(arch).state_dict())
+    whole = arch()
+    names = {id(v): k for k,v in whole.state_dict(keep_vars=True).items()}
+    cut = create_body(whole, cut=model_meta[arch]['cut']).state_dict(keep_vars=True)
+    return {names[id(v)]: o for v,o in zip(cut.values(), body.state_dict().values())},set(names.values())
+
+def _load_body(body, arch, name, file):
+    "Weights of a file into the body of a learner: all of them, or a CommandError"
+    found,(places,known) = _read_state(file),_places(body, arch)
+    wrong = [k for k in places if k not in found and not k.endswith('num_batches_tracked')]
+    wrong += [k for k in found if k not in known or k in places and found[k].shape != places[k].shape]
+    if wrong:
+        raise CommandError(f"--weights {file} does not fit --arch {name} ({len(wrong)} tensors are missing, unknown or of another shape, "
+                           f"such as {wrong[0]}): give weights of this network, or the --arch that they are of.")
+    for k in places.keys() & found.keys(): places[k].copy_(found[k])
+
+def _stats(arch):
+    "Mean and standard deviation of the images that a network's weights are for"
+    if not isinstance(arch, str): return model_meta[arch].get('stats', imagenet_stats)
+    cfg = timm.get_pretrained_cfg(arch)
+    return imagenet_stats if cfg is None else (cfg.mean,cfg.std)
 
 # %% ../nbs/13_cli.ipynb #59ea0735
 def _at_least(low, **values):
@@ -171,13 +237,15 @@ class Setup:
         valid_pct:float=0.2,     # share of the labelled images of each class that is kept to validate on, where there is no --valid
         arch:str='resnet34',     # network: a name that fastai's vision_learner knows, or any of timm's
         pretrained:bool=True,    # weights that were trained on ImageNet, which are downloaded when first used
-        policy:str='fixed',      # which pseudo-labels count: fixed, flexmatch, freematch, softmatch, adamatch, uda, dash, debiasmatch
+        weights:Path=None,       # pretrained weights on disk, instead of those that are downloaded: a .safetensors or .pth file of this network, with or without its classifier
+        recipe:str=None,         # finetune: the head of a probe first, then labels alone, then pseudo-labels of an averaged teacher; paper: FixMatch from the first step; left out: finetune for a pretrained network, paper with --no-pretrained
+        policy:str=None,         # which pseudo-labels count: aligned, fixed, flexmatch, freematch, softmatch, adamatch, uda, dash, debiasmatch; left out: aligned with --recipe finetune, fixed with paper
         threshold:float=None,    # smallest confidence with which a pseudo-label counts, 0 to 1; left out: the policy's own, 0.95 for fixed
         steps:int=100,           # steps in an epoch; labelled images are repeated as often as that takes
-        bs:int=16,               # labelled images in a batch
-        mu:int=7,                # unlabelled images for each labelled one
+        bs:int=None,             # labelled images in a batch; left out: 8 with --recipe finetune, 16 with paper
+        mu:int=None,             # unlabelled images for each labelled one; left out: 4 with --recipe finetune, 7 with paper
         size:int=128,            # side of the squares that images are cropped and resized to, in pixels
-        forward:str='joint',     # joint: one pass, as in the paper; split: weak views in a pass without gradient; selective: besides, only strong views that count
+        forward:str='joint',     # with --recipe paper; joint: one pass; split: weak views in a pass without gradient; selective: besides, only strong views that count
         device_views:bool=False, # make views on the GPU, a batch at a time: suits a GPU beside few cores
         cache:bool=False,        # keep unlabelled images in memory, opened and resized
         workers:int=None,        # processes that open images; left out: as many as there are cores, 8 at most; with 0, a run repeats bit for bit
@@ -190,9 +258,13 @@ class Setup:
         _at_least(0, workers=workers, seed=seed)
         if forward not in ('joint','split','selective'): raise _unknown('--forward', forward, ['joint','split','selective'])
         self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
-        self.arch_name,self.arch,self.pretrained,self.policy_name,self.threshold,self.steps,self.bs,self.mu,self.size = arch,_arch(arch),pretrained,policy,threshold,steps,bs,mu,size
+        recipe = _recipe(recipe, pretrained, forward)
+        policy,bs,mu = (_recipes[recipe][k] if v is None else v for k,v in dict(policy=policy, bs=bs, mu=mu).items())
+        self.arch_name,self.arch,self.pretrained,self.weights = arch,_arch(arch),pretrained,_weights_file(weights, pretrained)
+        self.recipe,self.policy_name,self.threshold = recipe,policy,threshold
+        self.steps,self.bs,self.mu,self.size = steps,bs,mu,size
         self.forward,self.device_views,self.cache,self.seed,self.weak = forward,device_views,cache,seed,weak_augment(flip=flip)
-        self.options = {k: str(v) if isinstance(v, Path) else v for k,v in locals().items() if k not in ('self','unlabeled','workers')} | dict(unlabeled=[*map(str, unlabeled)])
+        self.options = {k: str(v) if isinstance(v, Path) else v for k,v in locals().items() if k not in ('self','unlabeled','workers')} | dict(unlabeled=[*map(str, unlabeled)], weights=self.weights and self.weights.name)
         _policy(policy, threshold)
         self._find(Path(labeled), [*map(Path, unlabeled)], None if valid is None else Path(valid), valid_pct)
 
@@ -207,6 +279,16 @@ class Setup:
         self.pool,self.split = _pool_files(unlabeled, [o for v in self.valid.values() for o in v]),None if valid is not None else pct
 
     @property
+    def head_first(self)->bool:
+        "Is there an epoch of the head alone before the others, as in `fine_tune`?"
+        return self.recipe == 'paper' and self.pretrained
+
+    @property
+    def policy(self):
+        "A fresh one each time"
+        return _policy(self.policy_name, self.threshold)
+
+    @property
     def classes(self): return list(self.train)
 
 # %% ../nbs/13_cli.ipynb #a08708d1
@@ -215,8 +297,9 @@ def dataloaders(self:Setup):
     "Labelled images, to train and to validate on"
     train,valid = (L(o for v in d.values() for o in v) for d in (self.train,self.valid))
     items = train+valid
+    stats = imagenet_stats if not self.pretrained else _stats(self.arch) if self.weights else None # of what is downloaded, `vision_learner` knows
     block = DataBlock(blocks=(ImageBlock, CategoryBlock(vocab=self.classes, sort=False)), get_y=parent_label, splitter=IndexSplitter(range(len(train), len(items))),
-                      item_tfms=[Resize(self.size), WeakTransform(self.weak)], batch_tfms=None if self.pretrained else Normalize.from_stats(*imagenet_stats, cuda=False))
+                      item_tfms=[Resize(self.size), WeakTransform(self.weak)], batch_tfms=stats and Normalize.from_stats(*stats, cuda=False))
     few = -(-self.workers//8) # to open one image in eight, and new ones are started in each epoch
     return block.dataloaders(items, bs=self.bs, val_bs=4*self.bs, dl_kwargs=[dict(num_workers=few), dict(num_workers=self.workers)]).repeat_train(self.steps)
 
@@ -228,10 +311,15 @@ def unlabeled_dl(self:Setup, dls):
 
 @patch
 def _network(self:Setup, dls, **kwargs):
-    try: return vision_learner(dls, self.arch, pretrained=self.pretrained, metrics=accuracy, **kwargs)
+    download = self.pretrained and self.weights is None
+    try: learn = vision_learner(dls, self.arch, pretrained=download, metrics=accuracy, **kwargs)
     except Exception as e: # of many kinds, from urllib, the hub and timm
-        if self.pretrained: raise CommandError(f"The pretrained weights of {self.arch_name} can't be had ({type(e).__name__}: {_first_line(e)}): connect to the internet, or train without them with --no-pretrained.") from e
+        if download: raise CommandError(f"The pretrained weights of {self.arch_name} can't be had ({type(e).__name__}: {_first_line(e)}): connect to the internet, give a file of them with --weights, or train without them with --no-pretrained.") from e
         raise CommandError(f"--arch {self.arch_name} can't be made a learner of ({type(e).__name__}: {_first_line(e)}): use another network.") from e
+    if self.weights is None: return learn
+    _load_body(learn.model[0], self.arch, self.arch_name, self.weights)
+    learn.freeze() # as `vision_learner` does with weights of its own
+    return learn
 
 def _first_line(e): return (str(e).strip().splitlines() or ['no message'])[0][:200]
 
@@ -247,7 +335,7 @@ def learner(self:Setup,
     pool = self.unlabeled_dl(dls) if semi else None
     set_seed(self.seed)
     learn = self._network(dls, path=path, cbs=cbs)
-    return learn.add_cb(FixMatch(pool, policy=_policy(self.policy_name, self.threshold), forward=self.forward)) if semi else learn
+    return learn.add_cb(FixMatch(pool, policy=self.policy, forward=self.forward)) if semi else learn
 
 # %% ../nbs/13_cli.ipynb #e9179579
 def _preflight(learn, n=200, **kwargs):
@@ -267,24 +355,33 @@ def _listed(found, learn, most=20):
     more = lambda o: f'\n  and {len(o)-most:,} more' if len(o) > most else ''
     return ''.join(f'\n{said}:' + ''.join(f'\n  {o}' for o in files[:most]) + more(files) for said,files in (('In validation too',same),("Can't be opened",bad)) if files)
 
+# %% ../nbs/13_cli.ipynb #87244d7e
+class _LabelsAlone(Callback):
+    "A fit with `FixMatch` as it would be without its unlabelled images"
+    run_valid = False
+    def before_fit(self): self.learn.fix_match.warmup = 1. # of the steps: no view is made
+
+def _in_a_line(policy): return f'{type(policy).__name__}({policy.extra_repr()})' # without the parts that torch lists, a line each
+
 # %% ../nbs/13_cli.ipynb #01909085
 class Training:
     "A run of `fixmatch_train`: its learners, and what it writes"
-    def __init__(self, setup, out, epochs=5, lr=None, ema=False, fp16=False):
+    def __init__(self, setup, out, epochs=None, lr=None, ema=False, fp16=False):
         _at_least(1, epochs=epochs)
+        epochs = _recipes[setup.recipe]['epochs'] if epochs is None else epochs
         if lr is not None and not lr > 0: raise CommandError(f"--lr must be above 0, but is {lr}.")
         if fp16 and not torch.cuda.is_available(): raise CommandError("--fp16 needs a GPU with CUDA, and there is none: leave it out.")
         self.setup,self.out,self.epochs,self.ema,self.fp16 = setup,out,epochs,ema,fp16
-        self.lr = lr or (2e-3 if setup.pretrained else 3e-3)
+        self.lr = lr or (_of_finetune('base_lr') if setup.recipe == 'finetune' else 2e-3 if setup.pretrained else 3e-3)
         self.options = {**setup.options, **dict(epochs=epochs, lr=self.lr, ema=ema, fp16=fp16)}
-        self.learn,self.twin = self.learner(),None
+        self.learn,self.twin,self.probe = self.learner(),None,None
 
     @property
-    def n_epochs(self): return self.epochs+self.setup.pretrained
+    def n_epochs(self): return self.epochs+self.setup.head_first
 
     def learner(self, semi=True):
         "A fresh learner, with the averages and the precision asked for"
-        cbs = [ModelEMA(half_life=max(1, round(self.n_epochs*self.setup.steps/50)))]*self.ema + [MixedPrecision()]*self.fp16
+        cbs = [ModelEMA(half_life=max(1, round(self.n_epochs*self.setup.steps/50)))]*(self.ema and self.setup.recipe == 'paper') + [MixedPrecision()]*self.fp16
         return self.setup.learner(self.out, semi, cbs)
 
     def fit(self, learn, name, resume):
@@ -292,14 +389,28 @@ class Training:
         history = _History(self.out/(f'{name}_history.csv' if learn is self.twin else 'history.csv'), resume)
         with _logging(learn) as lines:
             cbs = [SaveFixMatch(name, resume=resume), history, *lines]
-            try: learn.fine_tune(self.epochs, self.lr, cbs=cbs) if self.setup.pretrained else learn.fit_one_cycle(self.epochs, self.lr, cbs=cbs)
+            try: self._train(learn, cbs)
             except ValueError as e: raise CommandError(str(e).split('\n\t')[-1].strip().replace('another `fname`', 'another --out')) from e
         return learn
+
+    def _train(self, learn, cbs):
+        s = self.setup
+        if s.recipe == 'finetune':
+            set_seed(s.seed) # the twin learns the probe's answers from the same draws
+            cbs = cbs + [_LabelsAlone()]*(learn is self.twin)
+            learn.fine_tune_fixmatch(learn.fix_match._unlabeled_dl, n_steps=self.epochs*s.steps, base_lr=self.lr, policy=s.policy,
+                                     n_epoch=self.epochs, cbs=cbs, **({'min_agreement': 0} if learn is self.twin else {}))
+        elif s.pretrained: learn.fine_tune(self.epochs, self.lr, cbs=cbs)
+        else: learn.fit_one_cycle(self.epochs, self.lr, cbs=cbs)
+
+    def measure_probe(self):
+        "How far do pretrained features go as they are?"
+        if self.setup.pretrained: self.probe = probe(self.learn)
 
     def fit_twin(self, resume):
         "The same without unlabelled images"
         print('The supervised twin:')
-        self.twin = self.learner(semi=False)
+        self.twin = self.learner(semi=self.setup.recipe == 'finetune') # which takes the pool, and does not look at it
         self.fit(self.twin, 'supervised', resume)
 
     @contextmanager
@@ -312,10 +423,13 @@ class Training:
 
     def __str__(self):
         s,n = self.setup,lambda d: sum(map(len, d.values()))
-        how = f'1 epoch of the head alone, then {self.epochs} of the whole network (fine_tune)' if s.pretrained else f'{self.epochs} epoch{"s"*(self.epochs > 1)} (fit_one_cycle)'
+        how = f'{self.epochs} epoch{"s"*(self.epochs > 1)}'
+        if s.head_first: how = f'1 epoch of the head alone, then {self.epochs} of the whole network (fine_tune)'
+        elif s.recipe == 'paper': how += ' (fit_one_cycle)'
+        else: how += f' (finetune: a probe as the head, the first {100*_of_finetune("warmup"):.3g} % of the steps on labels alone)'
         kept = f'{100*s.split:.3g} % of each class, kept out with seed {s.seed}' if s.split is not None else 'of --valid'
         return '\n'.join([f'labelled:   {n(s.train):,} images of {len(s.classes)} classes, and {n(s.valid):,} to validate on ({kept})', f'unlabelled: {len(s.pool):,} images',
-                          f"network:    {s.arch_name}, {'pretrained' if s.pretrained else 'from scratch'}; {self.learn.fix_match.policy}",
+                          f"network:    {s.arch_name}, {'pretrained' if s.pretrained else 'from scratch'}; {_in_a_line(s.policy)}",
                           f'training:   {how}, {s.steps:,} steps each, learning rate {self.lr:g}'])
 
 # %% ../nbs/13_cli.ipynb #248efc85
@@ -328,7 +442,7 @@ def _keep_options(run, resume):
     "Compare with the options of the run that is resumed, or note them"
     file,own = run.out/'models'/'options.json',json.loads(json.dumps(run.options))
     if resume and file.exists():
-        there = json.loads(file.read_text(encoding='utf-8'))
+        there = {'recipe': 'paper', 'weights': None, **json.loads(file.read_text(encoding='utf-8'))} # older versions knew no other
         for k in set(own)-{'cache','labeled','unlabeled','valid'}: # folders may have been moved: the checkpoint knows the images
             if there.get(k) != own[k]: raise CommandError(f"--out {run.out} holds a run with another --{k.replace('_','-')} ({there.get(k)} there, {own[k]} here): give the same options, or another --out.")
     elif resume: print(f'There is nothing in {run.out} to go on from, so training starts at the beginning.')
@@ -373,19 +487,32 @@ def judge(self:Training):
         self.twin_right = (probs.argmax(1) == truth).numpy()
     with self.learn.no_bar(): self.interp = PseudoLabelInterpretation.from_learner(self.learn)
 
+@patch(as_prop=True)
+def chance(self:Training)->float: # 0 to 1
+    "Accuracy of always naming the class that most validation images are of"
+    return float(self.truth.bincount().max()/len(self.truth))
+
 def _pct(v): return f'{100*v:.1f} %'
+
+def _difference(first, second, more=''):
+    "That of two accuracies in words; `more` goes into the brackets"
+    d,low,high = paired_difference(first, second)
+    sure = 'so with these few images the two can not be told apart' if low <= 0 <= high else 'more than chance would explain'
+    return f"Difference {100*d:+.1f} points (95 % interval {100*low:+.1f} to {100*high:+.1f}{more}), {sure}"
 
 @patch
 def verdict(self:Training)->list: # Of sentences
-    "Accuracy, and what it is compared with the twin's"
+    "Accuracy, and what it is compared with chance, the probe's and the twin's"
     n,k = len(self.right),int(self.right.sum())
-    said = [f"{_pct(k/n)} of {n:,} validation images right (95 % interval {_pct(wilson(k, n)[0])} to {_pct(wilson(k, n)[1])})."]
+    said = [f"{_pct(k/n)} of {n:,} validation images right (95 % interval {_pct(wilson(k, n)[0])} to {_pct(wilson(k, n)[1])}).",
+            f"Chance: {_pct(self.chance)}, by always naming the most frequent class."]
+    if self.probe is not None:
+        said += [f"The probe, a logistic regression on the pretrained network's features, before the training: {_pct(self.probe.accuracy)}.",
+                 f"{_difference(self.right, self.probe.right)}."]
     if self.twin is None: return said
-    d,low,high = paired_difference(self.right, self.twin_right)
     only,other = int((self.right & ~self.twin_right).sum()),int((~self.right & self.twin_right).sum())
-    sure = 'so with these few images the two can not be told apart' if low <= 0 <= high else 'more than chance would explain'
     return said + [f"The supervised twin, with the same labels, steps and starting weights: {_pct(self.twin_right.mean())}.",
-                   f"Difference {100*d:+.1f} points (95 % interval {100*low:+.1f} to {100*high:+.1f}; FixMatch alone is right {only} times, the twin alone {other} times), {sure}. It is one run of each; other seeds give other numbers."]
+                   f"{_difference(self.right, self.twin_right, f'; FixMatch alone is right {only} times, the twin alone {other} times')}. It is one run of each; other seeds give other numbers."]
 
 # %% ../nbs/13_cli.ipynb #2226e9e0
 def _plot_confusion(learn, probs, truth):
@@ -456,17 +583,18 @@ def _class_rows(self:Training):
 
 @patch
 def _settings(self:Training):
-    names = dict(labeled='labelled images', unlabeled='unlabelled images', valid_pct='share to validate on', flip='mirrored images', forward='passes', arch='network', pretrained='pretrained weights', bs='labelled images in a batch', mu='unlabelled images for each labelled one', steps='steps in an epoch', lr='highest learning rate', size='side of the images, pixels',
+    names = dict(labeled='labelled images', unlabeled='unlabelled images', valid_pct='share to validate on', flip='mirrored images', forward='passes', arch='network', pretrained='pretrained weights', weights='file of weights', bs='labelled images in a batch', mu='unlabelled images for each labelled one', steps='steps in an epoch', lr='highest learning rate', size='side of the images, pixels',
                  ema='averaged weights', fp16='half precision')
     said = lambda v: 'yes' if v is True else 'no' if v is False else 'its own' if v is None else ', '.join(v) if isinstance(v, list) else f'{v:g}' if isinstance(v, float) else v
-    skip = ('valid','cache','device_views','valid_pct') if self.setup.split is None else ('valid','cache','device_views')
+    skip = ('valid','cache','device_views') + ('valid_pct',)*(self.setup.split is None) + ('weights',)*(self.setup.weights is None)
     return [(names.get(k, k.replace('_',' ')),said(v)) for k,v in self.options.items() if k not in skip]
 
 @patch
 def _tiles(self:Training):
     n,k = len(self.right),int(self.right.sum())
     low,high = wilson(k, n)
-    tiles = [(_pct(k/n),f'accuracy on {n:,} validation images; 95 % interval {_pct(low)} to {_pct(high)}')]
+    tiles = [(_pct(k/n),f'accuracy on {n:,} validation images; 95 % interval {_pct(low)} to {_pct(high)}; chance is {_pct(self.chance)}')]
+    if self.probe is not None: tiles.append((_pct(self.probe.accuracy),'accuracy of the probe, on the same images: the features before the training'))
     if self.twin is not None: tiles.append((_pct(self.twin_right.mean()),'accuracy of the supervised twin, on the same images'))
     share = float(self.interp.counted.float().mean())
     tiles.append((_pct(share),f'of {len(self.interp):,} pseudo-labels count'))
@@ -476,7 +604,7 @@ def _tiles(self:Training):
 def _pictures(self:Training):
     f = self.out
     return ''.join([
-        _picture(f/'training.png', 'Losses and shares over the steps', "Training, step by step" + (' (without the first epoch, of the head alone)' if self.setup.pretrained else '') + ": the losses on labelled and unlabelled images, and the share of pseudo-labels that count. If that share stays at 0, the model never gets sure; if it is 1 at once, the model may believe its own mistakes."),
+        _picture(f/'training.png', 'Losses and shares over the steps', "Training, step by step" + (' (without the first epoch, of the head alone)' if self.setup.head_first else '') + ": the losses on labelled and unlabelled images, and the share of pseudo-labels that count. If that share stays at 0, the model never gets sure; if it is 1 at once, the model may believe its own mistakes."),
         _picture(f/'pseudo_labels.png', 'Weak and strong views with pseudo-labels', "Pseudo-labels with their confidence: above the weak view that the model answers, below the strong view that must learn the answer. Green ones count, grey ones don't."),
         _picture(f/'acceptance.png', 'Pseudo-labels by class', "Pseudo-labels by class, and how many count. A class of which hardly anything counts needs more labels, or a policy with a threshold for each class (flexmatch, freematch)."),
         _picture(f/'confusion.png', 'Confusion matrix', "Validation images: what they are, and what the model says.")])
@@ -494,7 +622,7 @@ def _versions():
 @patch
 def _epoch_table(self:Training):
     df = pd.read_csv(self.out/'history.csv')
-    return _table(list(df.columns), df.itertuples(index=False))
+    return _table(list(df.columns), df.astype(object).where(df.notna(), '–').itertuples(index=False))
 
 @patch
 def report(self:Training)->str: # HTML
@@ -505,7 +633,7 @@ def report(self:Training)->str: # HTML
     valid = f'{100*s.split:.3g} % of the labelled images of each class were kept out of training to validate on.' if s.split is not None else 'The validation images are a folder of their own.'
     parts = [f'<h1>{_esc(title)}</h1>', self._tiles(), *map(_p, self.verdict()[1:]), _p('Nothing was chosen by the validation images: the numbers are those after the last step.', 'soft'),
         _section('What it was trained on', _table(['class','labelled','validation right','pseudo-labels','that count'], self._class_rows()), _p(valid + (f" {damaged:,} unlabelled image{'s'*(damaged > 1)} could not be opened." if damaged else ''), 'soft')),
-        _section('Epochs', self._epoch_table(), _p('train_loss is the sum of loss_x, on labelled images, and loss_u, on unlabelled ones, so it can not be compared with valid_loss. mask_rate is the share of pseudo-labels that count.', 'soft')),
+        _section('Epochs', self._epoch_table(), _p('train_loss is the sum of loss_x, on labelled images, and loss_u, on unlabelled ones, so it can not be compared with valid_loss. mask_rate is the share of pseudo-labels that count.' + ' An epoch on labels alone has neither.'*(s.recipe == 'finetune'), 'soft')),
         _section('Pictures', self._pictures()), _section('Settings', _table(None, self._settings(), 'text')),
         _section('How to use it', _p('In Python:'), f'<pre>{_esc(_use)}</pre>', _p('In a terminal:'), f'<pre>{_esc("fixmatch_predict --learner learner.pkl images --out predictions.csv")}</pre>',
                  _p('pseudo_labels.csv has what the model says of each unlabelled image, to_label.csv the images that a person should label next. weights.safetensors are the weights alone, without code.')),
@@ -524,9 +652,9 @@ def save(self:Training):
 @console(Setup.__init__, example='fixmatch_train --labeled labeled --unlabeled unlabeled --out run')
 def fixmatch_train(
     out:Path,             # folder to write to: the learner, its weights, tables, pictures and report.html
-    epochs:int=5,         # epochs of training; a pretrained network has one of its head alone before
-    lr:float=None,        # highest learning rate; left out: 0.002 for a pretrained network, 0.003 for a new one
-    ema:bool=False,       # validate and save the average of the weights along training, as the paper does
+    epochs:int=None,      # epochs of --steps steps, after each of which it is validated; left out: 3 with --recipe finetune, 5 with paper, where a pretrained network has one of its head alone before
+    lr:float=None,        # highest learning rate, with --recipe finetune of the head, and less of the rest; left out: the recipe's own, with paper 0.002 for a pretrained network and 0.003 for a new one
+    ema:bool=False,       # with --recipe paper: validate and save the average of the weights along training; finetune always does
     fp16:bool=False,      # half precision, on a GPU
     compare:bool=False,   # train a supervised twin too, on the same labels, and say what the unlabelled images were worth
     resume:bool=False,    # go on with the run in --out that was stopped
@@ -541,6 +669,7 @@ def fixmatch_train(
     if check: _stop_at_problems(run.learn)
     _keep_options(run, resume)
     with run.stoppable():
+        run.measure_probe()
         run.fit(run.learn, 'fixmatch', resume)
         if compare: run.fit_twin(resume)
         run.judge()
@@ -607,7 +736,7 @@ def _say_predicted(df, out):
 # %% ../nbs/13_cli.ipynb #8d80110c
 @console(Setup.__init__, example='fixmatch_check --labeled labeled --unlabeled unlabeled')
 def check_command(
-    epochs:int=5,     # epochs for which the time is estimated
+    epochs:int=None,  # epochs for which the time is estimated; left out: as fixmatch_train
     images:int=1000,  # images of each set that are opened at most
     speed:bool=True,  # the measuring of speed and time, which takes some seconds
     **opts
@@ -616,7 +745,7 @@ def check_command(
     _at_least(1, epochs=epochs, images=images)
     setup = Setup(**opts)
     learn = setup.learner()
-    found = fixmatch_check(learn, epochs+setup.pretrained, images, speed)
+    found = fixmatch_check(learn, (epochs or _recipes[setup.recipe]['epochs'])+setup.head_first, images, speed)
     print(_in_options(f'{_listed(found, learn)}\n{found!r}'.strip()))
     return int(bool(found.problems))
 

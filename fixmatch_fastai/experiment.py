@@ -50,7 +50,7 @@ from .checkpoint import SaveFixMatch, _AroundEpochs, _replacing
 from .data import WeakTransform, digits_path, split_labeled
 from .ema import ModelEMA
 from .interpret import PseudoLabelInterpretation
-from .policy import UDA, AdaMatch, Dash, DebiasMatch, FixedThreshold, FlexMatch, FreeMatch, SoftMatch
+from .policy import UDA, AdaMatch, AlignedLabels, Dash, DebiasMatch, FixedThreshold, FlexMatch, FreeMatch, SoftMatch
 from .recipe import SchedPartCos, nesterov_sgd
 from .uncertainty import FeatureDensity, MCDropout, ScoreThreshold, _evaluate, add_dropout, entropy, mutual_info
 
@@ -307,7 +307,7 @@ def config_yaml(
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 # %% ../nbs/12_experiment.ipynb #d072e381
-_policies = dict(fixed=FixedThreshold, flexmatch=FlexMatch, freematch=FreeMatch, softmatch=SoftMatch, adamatch=AdaMatch, uda=UDA, dash=Dash, debiasmatch=DebiasMatch)
+_policies = dict(fixed=FixedThreshold, flexmatch=FlexMatch, freematch=FreeMatch, softmatch=SoftMatch, adamatch=AdaMatch, uda=UDA, dash=Dash, debiasmatch=DebiasMatch, aligned=AlignedLabels)
 
 def _entropy(at_most:float=0.2): return ScoreThreshold(entropy, at_most)
 

@@ -85,11 +85,16 @@ def _finite_logits(logits, known):
     rows = finite_rows(logits)
     return _where_rows(rows, logits),rows if known is None else rows & known
 
+def _fits(pseudo, n):
+    "Are these targets and weights of `n` images? If not, `FixMatch` says what is wrong with them"
+    return isinstance(pseudo, tuple) and len(pseudo) == 2 and all(isinstance(o, Tensor) and o.ndim and len(o) == n for o in pseudo)
+
 def masked(
     logits_strong:Tensor, # (M, C), with gradient
     pseudo:PseudoLabels
 )->tuple: # `(logits_strong, pseudo)`
     "Strong logits and pseudo-labels with even logits and no weight in rows that are not finite, of either"
+    if not _fits(pseudo, len(logits_strong)): return logits_strong,pseudo
     rows = finite_rows(logits_strong) & finite_rows(pseudo.weights)
     if pseudo.targets.is_floating_point(): rows = rows & finite_rows(pseudo.targets)
     return _where_rows(rows, logits_strong),PseudoLabels(_where_rows(rows, pseudo.targets),_where_rows(rows, pseudo.weights))
@@ -112,8 +117,8 @@ class Policy(Memory):
         weak,finite = _finite_logits(batch.logits_weak, batch.finite)
         x,finite_x = _finite_logits(batch.logits_x, batch.finite_x)
         pseudo = super().__call__(batch._replace(logits_weak=weak, logits_x=x, finite=finite, finite_x=finite_x))
-        if not isinstance(pseudo, PseudoLabels) or finite is None: return pseudo # `FixMatch` says what is wrong with it
-        return masked(_where_rows(finite, weak), PseudoLabels(pseudo.targets, _where_rows(finite, pseudo.weights.float())))[1]
+        if finite is None or not _fits(pseudo, len(finite)): return pseudo
+        return masked(torch.where(finite[:,None], weak, torch.nan), PseudoLabels(pseudo[0], pseudo[1].float()))[1]
 
     def forward(self, batch:SemiBatch)->PseudoLabels:
         "Decide; called without gradient and outside autocast"
@@ -316,11 +321,16 @@ class DistributionAlignment(Memory):
 
     def setup(self, n_classes):
         start = torch.full((n_classes,), 1/n_classes if self.prior else torch.nan)
-        self.remember(mean=start, mean_x=start.clone(), **({'seen': torch.tensor(float(self.prior))} if self.prior else {}))
+        seen = {name: torch.tensor(float(self.prior)) for name in ('seen','seen_x')} if self.prior else {}
+        self.remember(mean=start, mean_x=start.clone(), **seen)
 
-    def _follow(self, average, new):
+    def _follow(self, new, which=''):
+        average = getattr(self, 'mean'+which)
         if not self.prior: return average.copy_(torch.where(average.isnan(), new, follow(average.clone(), new, 1-self.decay)))
-        return follow(average, new, (1/(self.seen+1)).clamp(min=1-self.decay))
+        seen = getattr(self, 'seen'+which)
+        follow(average, new, (1/(seen+1)).clamp(min=1-self.decay))
+        seen += new.isfinite().all() # a batch without a finite row is none
+        return average
 
     def forward(self,
         probs:Tensor,        # Of unlabelled images, float32 (M, C)
@@ -328,9 +338,8 @@ class DistributionAlignment(Memory):
         finite:Tensor=None,  # Which rows of `probs` the running mean takes in, bool (M,); default: all
         finite_x:Tensor=None # And which of `probs_x`
     )->Tensor: # (M, C)
-        mean = self._follow(self.mean, mean_rows(probs, finite))
-        target = 1/probs.shape[1] if probs_x is None else self._follow(self.mean_x, mean_rows(probs_x, finite_x))
-        if self.prior: self.seen += 1
+        mean = self._follow(mean_rows(probs, finite))
+        target = 1/probs.shape[1] if probs_x is None else self._follow(mean_rows(probs_x, finite_x), '_x')
         aligned = probs*(target+1e-6)/(mean+1e-6)
         return aligned/aligned.sum(1, keepdim=True)
 
@@ -403,8 +412,9 @@ class Dash(Policy):
 
     def forward(self, batch):
         loss_x = mean_rows(F.cross_entropy(batch.logits_x, batch.y, reduction='none'), batch.finite_x)
-        latest = torch.where(self.rho_x.isnan(), loss_x, follow(self.rho_x.clone(), loss_x, 0.1)) # about the last ten batches of the warm-up
-        self.rho_x.copy_(torch.where(self.step < max(self.warmup, 1), latest, self.rho_x))
+        unknown = self.rho_x.isnan() # until a labelled loss was finite
+        latest = torch.where(unknown, loss_x, follow(self.rho_x.clone(), loss_x, 0.1)) # about the last ten batches of the warm-up
+        self.rho_x.copy_(torch.where((self.step < self.warmup) | unknown, latest, self.rho_x))
         rho = self._rho()
         k = batch.logits_weak.argmax(1)
         targets = torch.where(rho > self.rho_min, (batch.logits_weak/self.T).softmax(1), F.one_hot(k, batch.logits_weak.shape[1]).float())
@@ -452,10 +462,11 @@ class DebiasMatch(Policy):
         super().__init__()
         self.threshold,self.decay,self.margin = _check_range('threshold', threshold, 0, 1),_check_range('decay', decay, 0, 1),margin
         self.strength = _check_range('strength', strength, 0, float('inf'))
+        self.register_buffer('bias', None, persistent=False) # of the batch that was judged last, (C,)
 
     def setup(self, n_classes, n_unlabeled, model):
         self.remember(p=torch.full((n_classes,), 1/n_classes))
-        self.register_buffer('bias', torch.zeros(n_classes), persistent=False) # of the batch that was judged last
+        self.bias = torch.zeros(n_classes)
 
     def forward(self, batch):
         self.bias.copy_(self.strength*self.p.clamp(min=1e-12).log())
@@ -463,7 +474,9 @@ class DebiasMatch(Policy):
         follow(self.p, mean_rows(batch.probs, batch.finite), 1-self.decay)
         return PseudoLabels(k, (confidence >= self.threshold).float())
 
-    def loss(self, logits_strong, pseudo): return super().loss(logits_strong + self.bias if self.margin else logits_strong, pseudo)
+    def loss(self, logits_strong, pseudo):
+        return super().loss(logits_strong + self.bias if self.margin and self.bias is not None else logits_strong, pseudo)
+
     def extra_repr(self): return f'threshold={self.threshold}, strength={self.strength}, decay={self.decay}' + ', margin=True'*self.margin
 
 # %% ../nbs/02_policy.ipynb #5378a60e

@@ -29,8 +29,10 @@ from PIL import Image
 from scipy import stats
 
 from .callback import FixMatch, finished
+from .check import _loaders_as_they_were
 from .checkpoint import _replacing
 from .data import WeakTransform
+from .recipe import probe
 from .uncertainty import _evaluate, add_dropout
 
 # %% ../nbs/11_self_training.ipynb #03fb23fe
@@ -698,15 +700,18 @@ def _images_interval(differences):
 
 class SupervisedTwin:
     "Runs of `compare_supervised`, and what they say"
-    def __init__(self, name='FixMatch'): self.name,self.rows,self.learn = name,[],None
+    def __init__(self, name='FixMatch'): self.name,self.rows,self.learn,self.can_probe = name,[],None,True # until it fails
 
     def __repr__(self): return self.report() if self.rows else 'No run is finished.'
 
     @property
-    def methods(self): return 'supervised',self.name
+    def arms(self): return 'supervised',self.name # what is trained and compared
 
     @property
-    def runs(self)->pd.DataFrame: # `n_labels`, `seed`, `method`, `accuracy` (0 to 1), `steps`, `seconds`
+    def methods(self): return (*['probe']*any(o['method'] == 'probe' for o in self.rows), *self.arms)
+
+    @property
+    def runs(self)->pd.DataFrame: # `n_labels`, `seed`, `method`, `accuracy` (0 to 1), `steps` (of the probe 0), `seconds`
         "A row for each run"
         return pd.DataFrame([{k: v for k,v in o.items() if k not in ('right','curve','start')} for o in self.rows])
 
@@ -715,19 +720,20 @@ class SupervisedTwin:
         return next((o for o in self.rows if (o['n_labels'],o['seed'],o['method']) == (n_labels,seed,method)), None)
 
     def _paired(self, n_labels):
-        "Accuracies of both by seed, and differences (seeds, images), of seeds that have both"
-        acc = self.runs[self.runs.n_labels == n_labels].pivot(index='seed', columns='method', values='accuracy').reindex(columns=list(self.methods)).dropna()
-        both = [[self._of(n_labels, seed, m)['right'].astype(float) for m in self.methods] for seed in acc.index]
+        "Accuracies by seed, and differences of the arms (seeds, images), of seeds that have both arms"
+        acc = self.runs[self.runs.n_labels == n_labels].pivot(index='seed', columns='method', values='accuracy')
+        acc = acc.reindex(columns=list(self.methods)).dropna(subset=list(self.arms))
+        both = [[self._of(n_labels, seed, m)['right'].astype(float) for m in self.arms] for seed in acc.index]
         return acc,[b-a for a,b in both]
 
     def table(self)->pd.DataFrame: # By `n_labels`; accuracies in percent
-        "Means and standard deviations over seeds, their difference with both intervals, and how many seeds it helped"
+        "Means and standard deviations over seeds, the difference of the two arms with both intervals, and how many seeds it helped"
         rows = {}
         for n in dict.fromkeys(o['n_labels'] for o in self.rows):
             acc,diffs = self._paired(n)
             if not len(acc): continue
             d = (acc[self.name]-acc['supervised']).to_numpy()
-            row = {f'{m} {what}': 100*getattr(acc[m], how)() for m in self.methods for what,how in (('mean','mean'),('std','std'))}
+            row = {f'{m} {what}': 100*getattr(acc[m], what)(skipna=False) for m in self.methods for what in ('mean','std')} # NaN where a seed has no probe
             (a,b),(c,e) = _t_interval(d),_images_interval(diffs) if len({len(o) for o in diffs}) == 1 else (math.nan,math.nan)
             rows[n] = {**row, 'difference': 100*d.mean(), 'difference std': 100*d.std(ddof=1) if len(d) > 1 else math.nan, 'low, over seeds': 100*a, 'high, over seeds': 100*b,
                        'low, over images': 100*c, 'high, over images': 100*e, 'better': int((d > 0).sum()), 'seeds': len(d), 'images': len(diffs[0]), 'worth': self.worth(n)}
@@ -739,7 +745,7 @@ def worth(self:SupervisedTwin,
     n_labels:int # With how many labels the semi-supervised arm was trained
 )->float: # NaN where one number of labels was tried only; infinite where supervised training is never as good
     "With how many labels supervised training is as good"
-    acc = self.runs.pivot_table(index='n_labels', columns='method', values='accuracy')
+    acc = self.runs[self.runs.method != 'probe'].pivot_table(index='n_labels', columns='method', values='accuracy')
     if n_labels not in acc.index: raise ValueError(f"There is no run with {n_labels} labels: give one of {', '.join(map(str, acc.index))}.")
     if len(acc) < 2 or self.name not in acc or acc.supervised.isna().any(): return math.nan
     reached,labels,curve = acc.loc[n_labels, self.name],acc.index.to_numpy(float),acc.supervised.cummax().to_numpy()
@@ -756,7 +762,9 @@ def _sentences(n, o, methods):
     many = lambda k,what: f'{int(k)} {what}{"" if k == 1 else "s"}'
     between = ', '.join(f"{o[f'low, over {k}']:+.1f} to {o[f'high, over {k}']:+.1f} over {k}" for k in ('seeds','images') if not math.isnan(o[f'low, over {k}']))
     yield (f'{n} labels: ' if n else '') + f"{'mean ± standard deviation of '*(o['seeds'] > 1)}{many(o['seeds'], 'seed')}, {many(o['images'], 'validation image')}"
-    for m in methods: yield f"{m:<12}{_pm(o[f'{m} mean'], o[f'{m} std'])} %"
+    for m in methods:
+        said = f"{m:<12}{_pm(o[f'{m} mean'], o[f'{m} std'])} %" + '   logistic regression on the features before training'*(m == 'probe')
+        if not math.isnan(o[f'{m} mean']): yield said
     yield f"{'difference':<12}{_pm(o['difference'], o['difference std'], '+6.1f')}   better in {int(o['better'])} of {int(o['seeds'])}" + (f'; 95 % interval {between}' if between else '')
     if math.isinf(o['worth']): yield f"{'worth':<12}  more labels than were tried"
     elif not math.isnan(o['worth']): yield f"{'worth':<12}{o['worth']:6.0f} labels without unlabelled images"
@@ -780,24 +788,59 @@ def _write(self:SupervisedTwin, file):
     rows = [{**o, 'right': ''.join('01'[k] for k in o['right'].astype(int))} for o in self.rows]
     with _replacing(file) as tmp: tmp.write_text(json.dumps(rows), encoding='utf-8')
 
-# %% ../nbs/11_self_training.ipynb #e2c210ab
+# %% ../nbs/11_self_training.ipynb #3c0f859c
 @patch
-def _run(self:SupervisedTwin, make_learner, unlabeled_dl, method, fit, seed, n_labels, semi):
-    "Train one arm"
-    known = dict(seed=seed, n_labels=n_labels) if n_labels else dict(seed=seed)
-    set_seed(seed)
+def _fresh(self:SupervisedTwin, make_learner, known):
+    "A learner that is not trained yet, and a mark of its weights"
+    set_seed(known['seed'])
     learn = _called(make_learner, **known)
     if not isinstance(learn, Learner): raise TypeError(f"`make_learner` must return a Learner, but it returned a {type(learn).__name__}.")
     if any(isinstance(o, FixMatch) for o in learn.cbs): raise ValueError("`make_learner` must make a learner without FixMatch: the twin adds it to one of the two.")
-    start = _weights_mark(learn)
-    other = self._of(n_labels, seed, self.methods[not semi])
-    if other and other['start'] != start: raise ValueError("The two arms do not begin with the same weights: `make_learner` must make a new model each time, of nothing but the random numbers that `set_seed` sets.")
+    return learn,_weights_mark(learn)
+
+@patch
+def _starts_alike(self:SupervisedTwin, seed, n_labels, start):
+    "Did the finished arms begin with the weights that `start` marks?"
+    return all(o is None or o['start'] == start for o in (self._of(n_labels, seed, m) for m in self.arms))
+
+@patch
+def _probe(self:SupervisedTwin, learn, seed, n_labels, start):
+    "Take the probe of a learner that is not trained yet; that it can't be taken is told once, and training goes on"
+    began = time.perf_counter()
+    try:
+        if not self._starts_alike(seed, n_labels, start): raise ValueError("The finished runs began with other weights than those that `make_learner` makes now.")
+        with _loaders_as_they_were(learn.dls.loaders): found = probe(learn)
+    except Exception as e: # it stands beside the comparison and must not end it, whatever batches and models it does not know
+        self.can_probe = False
+        warnings.warn(f"The comparison goes without the probe. {str(e) or type(e).__name__}", stacklevel=4)
+        return
+    seconds = round(time.perf_counter()-began, 1)
+    self.rows.append(dict(n_labels=n_labels, seed=seed, method='probe', accuracy=float(found.accuracy), steps=0, seconds=seconds, right=found.right, curve=[], start=start))
+
+# %% ../nbs/11_self_training.ipynb #e2c210ab
+@patch
+def _lacks(self:SupervisedTwin, n_labels, seed, semi):
+    "Is the arm not trained, or not probed?"
+    return self._of(n_labels, seed, self.arms[semi]) is None or (not semi and self._lacks_probe(n_labels, seed))
+
+@patch
+def _lacks_probe(self:SupervisedTwin, n_labels, seed): return self.can_probe and self._of(n_labels, seed, 'probe') is None
+
+@patch
+def _run(self:SupervisedTwin, make_learner, unlabeled_dl, method, fit, seed, n_labels, semi):
+    "Train one arm, the supervised one after its probe"
+    known = dict(seed=seed, n_labels=n_labels) if n_labels else dict(seed=seed)
+    learn,start = self._fresh(make_learner, known)
+    done = self._of(n_labels, seed, self.arms[semi]) # in a file without probes
+    if not done and not self._starts_alike(seed, n_labels, start): raise ValueError("The two arms do not begin with the same weights: `make_learner` must make a new model each time, of nothing but the random numbers that `set_seed` sets.")
+    if not semi and self._lacks_probe(n_labels, seed): self._probe(learn, seed, n_labels, start)
+    if done: return
     if semi: learn.add_cb(_semi(unlabeled_dl, method, learn, **known))
     steps,began = _CountSteps(),time.perf_counter()
     set_seed(seed) # what making them draws is not the same in both
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(steps): fit(learn)
     seconds,curve,right = round(time.perf_counter()-began, 1),_curve(learn),_right(learn)
-    self.rows.append(dict(n_labels=n_labels, seed=seed, method=self.methods[semi], accuracy=float(right.mean()), steps=steps.n, seconds=seconds, right=right, curve=curve, start=start))
+    self.rows.append(dict(n_labels=n_labels, seed=seed, method=self.arms[semi], accuracy=float(right.mean()), steps=steps.n, seconds=seconds, right=right, curve=curve, start=start))
     if semi: self.learn = learn
 
 class _CountSteps(Callback): # a callback's name is an attribute of the learner, and `_steps` is one of the recorder's
@@ -817,10 +860,11 @@ def compare_supervised(
     out:Path=None,      # A JSON file that keeps finished runs, one for each comparison; an interrupted call goes on where it was
     progress:bool=True  # Show a bar of the runs?
 )->SupervisedTwin: # Has `.runs`, `.table()`, `.report()` and `.plot()`; `.learn` is the semi-supervised learner that this call trained last, or `None`
-    "Train with and without unlabelled images, on the same labels and with as many steps, and compare"
+    "Train with and without unlabelled images, on the same labels and with as many steps, and compare; beside the two the probe, a logistic regression on the features before training"
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     counts = [None] if n_labels is None else [n_labels] if isinstance(n_labels, int) else list(n_labels)
     if name == 'supervised': raise ValueError("`name` is what the semi-supervised arm is called, and 'supervised' is the other one.")
+    if name == 'probe': raise ValueError("`name` is what the semi-supervised arm is called, and 'probe' is what stands beside the two.")
     if isinstance(method, type) and not issubclass(method, Callback): raise TypeError(f"`method` must make a callback of the loader, as `lambda dl: FixMatch(dl, policy={method.__name__}())`.")
     if not seeds or not counts: raise ValueError("There is nothing to compare: give one seed or more, and one number of labels or more.")
     if n_labels is not None and not _takes(make_learner, 'n_labels'): raise ValueError("With `n_labels`, `make_learner` must take it: write `def make_learner(n_labels, seed): ...`.")
@@ -830,24 +874,32 @@ def compare_supervised(
     if out is not None and out.exists(): twin._read(out)
     todo = [(n,s,semi) for n in counts for s in seeds for semi in (False,True)]
     for n,seed,semi in progress_bar(todo, leave=False) if progress else todo:
-        if twin._of(n, seed, twin.methods[semi]) is None:
+        if twin._lacks(n, seed, semi):
             twin._run(make_learner, unlabeled_dl, method, fit or (lambda learn: learn.fit_one_cycle(5)), seed, n, semi)
             if out is not None: twin._write(out)
     _check_equal_steps(twin)
     return twin
 
 def _check_equal_steps(twin):
-    steps = twin.runs.groupby('n_labels').steps.agg(['min','max'])
+    steps = twin.runs[twin.runs.method != 'probe'].groupby('n_labels').steps.agg(['min','max'])
     if (steps['max'] == 0).any(): warnings.warn("No step was trained: `fit` must train the learner it is given.", stacklevel=3)
     elif (steps['min'] != steps['max']).any(): warnings.warn(f"The arms were not trained with as many steps, but with {int(steps['min'].min())} to {int(steps['max'].max())}: the comparison is not fair.", stacklevel=3)
     images = sorted({len(o['right']) for o in twin.rows})
     if len(images) > 1: warnings.warn(f"Not all runs were validated on the same images, but on {images[0]} to {images[-1]} of them, so there is no interval over images: validate on the same ones with each seed.", stacklevel=3)
 
 # %% ../nbs/11_self_training.ipynb #47633663
+def _colored(twin):
+    "What is plotted, and its color"
+    return [(m,{'probe': 'C1', 'supervised': 'C7'}.get(m, 'C0')) for m in twin.methods]
+
 def _plot_curves(twin, ax):
-    "Accuracy after each epoch: a thin line a seed, a thick one for the mean"
-    for method,color in zip(twin.methods, ('C7','C0')):
+    "Accuracy after each epoch: a thin line a seed, a thick one for the mean; the probe's is flat, as it takes no step"
+    for method,color in _colored(twin):
         runs = [o for o in twin.rows if o['method'] == method]
+        if method == 'probe':
+            acc = [100*o['accuracy'] for o in runs]
+            for o in acc: ax.axhline(o, color=color, alpha=.35, lw=.8)
+            ax.axhline(np.mean(acc), color=color, lw=2, label=f'{method}, {np.mean(acc):.1f} %')
         if not runs or not runs[0]['curve']: continue
         curves = 100*np.array([o['curve'] for o in runs])
         steps = runs[0]['steps']/curves.shape[1]*np.arange(1, curves.shape[1]+1)
@@ -858,7 +910,7 @@ def _plot_curves(twin, ax):
 def _plot_labels(twin, ax):
     "Accuracy over the number of labels: a dot a seed, a line for the mean"
     runs = twin.runs
-    for method,color in zip(twin.methods, ('C7','C0')):
+    for method,color in _colored(twin):
         o = runs[runs.method == method]
         mean = 100*o.groupby('n_labels').accuracy.mean()
         ax.plot(o.n_labels, 100*o.accuracy, '.', color=color, alpha=.5)

@@ -89,6 +89,18 @@ def _check_at_most(at_most):
     if not isinstance(at_most, (int,float)) or math.isnan(at_most): raise ValueError(f"`at_most` must be a number, the largest doubt that counts, but got {at_most}.")
     return at_most
 
+def _by_score(
+    probs:Tensor,  # As `score` takes them: (M, C), or of T passes (T, M, C)
+    score,
+    at_most:float,
+    logits_weak    # (M, C): images whose `probs` are not finite get their label from here, and no weight
+)->PseudoLabels:
+    "Hard labels of which `score` has little doubt"
+    mean = probs.mean(0) if probs.ndim == 3 else probs
+    finite = finite_rows(mean)
+    if logits_weak is not None: mean = torch.where(finite[:,None], mean, logits_weak)
+    return PseudoLabels(mean.argmax(1), ((score(probs) <= at_most) & finite).float())
+
 class ScoreThreshold(Policy):
     "Hard labels of which a score of one pass has little doubt"
     def __init__(self,
@@ -98,9 +110,7 @@ class ScoreThreshold(Policy):
         super().__init__()
         self.score,self.at_most = _check_score(score, (2,4)),_check_at_most(at_most)
 
-    def forward(self, batch):
-        return PseudoLabels(batch.logits_weak.argmax(1), (self.score(batch.probs) <= self.at_most).float())
-
+    def forward(self, batch): return _by_score(batch.probs, self.score, self.at_most, batch.logits_weak)
     def extra_repr(self): return f'{_name(self.score)}, at_most={self.at_most}'
 
 # %% ../nbs/03_uncertainty.ipynb #7419bfb9
@@ -145,6 +155,8 @@ def _differ(
     logits:Tensor # (T, M, C)
 ): # `None`: a model that says the same of every image, as with a last layer of zeros, can't be judged yet
     "Do passes differ, more than by rounding?"
+    finite = finite_rows(logits.transpose(0, 1))
+    logits = logits[:,finite] if finite.any() else torch.zeros_like(logits) # one that is not finite says nothing
     passes,images = torch.stack([(logits-logits[:1]).abs().max(), (logits[0]-logits[0,:1]).abs().max()]).tolist()
     return None if images == passes == 0 else not passes <= 1e-3*images
 
@@ -170,8 +182,7 @@ class MCDropout(Policy):
             self._differs = _differ(logits)
             # a module may drop what does not count yet, in a branch that starts at 0
             if self._differs is False and not _has_dropout(self._net.model): raise ValueError("MCDropout needs passes that differ, but this model has no active dropout: put some in with `add_dropout(model, 0.5)`.")
-        probs = logits.softmax(2)
-        return PseudoLabels(probs.mean(0).argmax(1), (self.score(probs) <= self.at_most).float())
+        return _by_score(logits.softmax(2), self.score, self.at_most, batch.logits_weak)
 
     def extra_repr(self): return f'{_name(self.score)}, at_most={self.at_most}, n_passes={self.n_passes}'
 
@@ -244,11 +255,12 @@ class ClassGaussians(Memory):
         d = torch.where(finite, features-self.mean[y], 0.) # about the old mean: no small difference of large squares
         new = torch.cat([member.sum(1, keepdim=True), member@d, member@d**2], 1)
         n,s,ss = sum_rows(new[None])[0].split([1,*2*d.shape[1:]], 1)
-        total = self.decay*self.n + n[:,0]
+        decay = torch.where(n.sum() > 0, self.decay, 1.) # a step without a finite row is none
+        total = decay*self.n + n[:,0]
         step = s/total[:,None].clamp(min=1e-12)
         self.n.copy_(total)
         self.mean += step
-        self.spread.mul_(self.decay).add_(ss-step*s).clamp_(min=0)
+        self.spread.mul_(decay).add_(ss-step*s).clamp_(min=0)
 
     def variance(self)->Tensor: # (C, D)
         "Of each class and feature, never 0"
@@ -312,12 +324,18 @@ class FeatureDensity(Policy):
         features = penultimate(_own(self._net, self), x, batch.autocast)
         density = self.gaussians.log_density(features)
         n_x = len(x)-len(batch.weak)
-        if n_x: self._learn(features[:n_x], density[:n_x], batch.y)
+        if n_x:
+            known = features[:n_x]
+            if batch.finite_x is not None: known = torch.where(batch.finite_x[:,None], known, torch.nan)
+            self._learn(known, density[:n_x], batch.y)
         return PseudoLabels(batch.logits_weak.argmax(1), (density[n_x:] >= self.recent.nanquantile(self.quantile)).float())
 
     def _learn(self, features, density, y):
-        density = torch.where((self.gaussians.n[y] > 0) & density.isfinite(), density, torch.nan) # as it was before this step; not yet of a class that is new
-        self.recent.copy_(torch.cat([self.recent, _rows(density)])[-len(self.recent):])
+        # as it was before this step; not yet of a class that is new
+        counts = (self.gaussians.n[y] > 0) & density.isfinite() & finite_rows(features)
+        recent = torch.cat([self.recent, _rows(torch.where(counts, density, torch.nan))])
+        order = recent.isnan().float().sort(descending=True, stable=True).indices # those unknown push no others out
+        self.recent.copy_(recent[order][-len(self.recent):])
         self.gaussians.update(features, y)
 
     def extra_repr(self): return f'quantile={self.quantile}, n_recent={self.n_recent}'
@@ -369,7 +387,7 @@ def _judge(model, held_out, score, device, autocast): # → doubts, and whether 
         x,y = _plain(x, device),_plain(y, device)
         probs = _evaluate(model, x, autocast).softmax(1)
         doubts.append(score(probs))
-        right.append(probs.argmax(1) == y)
+        right.append((probs.argmax(1) == y) & finite_rows(probs))
     # the one place where this waits for the device, once in `every` steps
     return (torch.cat(doubts).nan_to_num(math.inf).cpu().numpy(),torch.cat(right).cpu().numpy()) if doubts else (np.zeros(0),np.zeros(0, bool))
 
@@ -404,7 +422,7 @@ class ValidatedThreshold(Policy):
         self._count += 1
         self.step += 1
         probs = _evaluate(_own(self._net, self), batch.weak, batch.autocast).softmax(1) # as the held-out images: `batch.probs` has the noise of dropout and of the batch in it
-        return PseudoLabels(probs.argmax(1), (self.score(probs) <= self.at_most).float())
+        return _by_score(probs, self.score, self.at_most, batch.logits_weak)
 
     def _search(self, device, autocast):
         if self._held_out.model is None: raise ValueError("This ValidatedThreshold was loaded without its held-out images: make a new one.")

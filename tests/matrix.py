@@ -150,11 +150,12 @@ def quiet(learn):
 class Bench:
     "Makes and trains learners. What holds state is given as a function that makes it, as each learner needs its own"
 
-    def __init__(self, path, device='cpu', precision='fp32'):
+    def __init__(self, path, device='cpu', precision='fp32', teacher=None):
         self.path, self.device, self.precision = path, torch.device(device), precision
+        self.teacher = teacher  # Makes a `ModelEMA` for FixMatch; one that a row has anyway is its teacher then
 
     def at(self, precision):
-        return Bench(self.path, self.device, precision)
+        return Bench(self.path, self.device, precision, self.teacher)
 
     def dls(self, bs=4, n_batches=3, img_cls=PILImageBW, num_workers=0, **kwargs):
         "An epoch is three steps of four"
@@ -169,7 +170,7 @@ class Bench:
         dls=None,  # Makes `DataLoaders`
         model=tiny_net,  # Makes a model
         loader=None,  # Makes an unlabelled loader of `dls`
-        policy=lambda dls: FixedThreshold(0.15),  # Makes a policy
+        policy=None,  # Makes a policy of `dls`; default: `FixedThreshold`, with fewer demands on a teacher, who is less sure
         lambda_u=1.0,
         forward='joint',
         first=(),  # These make callbacks that stand before FixMatch in the list
@@ -180,8 +181,11 @@ class Bench:
         set_seed(0)
         dls = dls() if dls else self.dls()
         loader = loader(dls) if loader else dls.unlabeled_dl(images()[2], mu=1, label_func=parent_label)
-        fm = FixMatch(loader, policy=policy(dls), lambda_u=lambda_u, forward=forward)
-        cbs = [*(cb() for cb in first), fm, *(cb() for cb in cbs)]
+        first, cbs = ([cb() for cb in o] for o in (first, cbs))
+        teacher = next((cb for cb in first + cbs if isinstance(cb, ModelEMA)), None) or self.teacher() if self.teacher else None
+        policy = policy(dls) if policy else FixedThreshold(0.11 if self.teacher else 0.15)
+        fm = FixMatch(loader, policy=policy, lambda_u=lambda_u, forward=forward, teacher=teacher)
+        cbs = [*first, fm, *cbs]
         learn = make(dls, model(), **{'metrics': accuracy, 'path': self.path, 'cbs': cbs, **kwargs})
         learn.model.to(self.device)
         if self.precision == 'fp16':
@@ -1016,3 +1020,24 @@ def policies(bench, make, thing):
 for name, make in POLICIES.items():
     for thing in THINGS:
         row('Policies', f'{name} with {thing}' if thing != 'alone' else name, 'some pseudo-labels count, and the policy remembers', make, thing)(policies)
+
+
+# --- with a teacher
+
+TAUGHT_GROUPS = (FITS, LR_FIND, PRECISION, CALLBACKS, MIXING, TRACKERS, LOGGERS, SAVING, PREDICTIONS, FORWARD, 'Policies')
+NOT_TAUGHT = {  # rows of these groups that make no sense with a teacher
+    **dict.fromkeys(
+        ('SaveModelCallback on valid_loss', 'SaveModelCallback on mask_rate'), 'the weights that are saved are the average, not those after a step'
+    ),
+    **dict.fromkeys(('ScoreThreshold', 'FixedThreshold & ScoreThreshold'), "its bound is for the model's own logits: a young average is not as sure"),
+}
+# of what is done beside each policy and each picture, only the policy, and what follows an interrupt
+TAUGHT = [
+    o
+    for o in ROWS
+    if o.group in TAUGHT_GROUPS
+    and o.name not in NOT_TAUGHT
+    and not o.broken
+    and not (o.group == 'Policies' and ' with ' in o.name)
+    and (o.group != PREDICTIONS or 'after Ctrl-C' in o.name)
+]

@@ -111,6 +111,7 @@ def build(
     lambda_u=1.0,
     split=0,
     reverse=False,
+    fixmatch=None,
     **kwargs,
 ):
     "A learner with all that draws random numbers: weak views of labelled images, strong views, dropout"
@@ -126,9 +127,8 @@ def build(
     )
     dls = block.dataloaders(labeled + valid, bs=4, val_bs=10, num_workers=num_workers).repeat_train(n_batches)
     loader = dls.unlabeled_dl(pool, mu=2, tfm=FixMatchTransform(weak=weak_augment(flip=False), strong=strong))
-    return Learner(
-        dls, net(), **{'metrics': accuracy, 'path': path, 'cbs': [FixMatch(loader, policy=policy or FlexMatch(0.5), lambda_u=lambda_u), *cbs], **kwargs}
-    )
+    fm = FixMatch(loader, policy=policy or FlexMatch(0.5), lambda_u=lambda_u, **(fixmatch or {}))
+    return Learner(dls, net(), **{'metrics': accuracy, 'path': path, 'cbs': [fm, *cbs], **kwargs})
 
 
 def one_cycle(learn, n_epoch=N_EPOCHS, lr=1e-2, cbs=(), **kwargs):
@@ -291,6 +291,101 @@ def test_the_cell_is_run_again(tmp_path, event):
     one_cycle(learn, 3, cbs=SaveFixMatch('a', resume=True))
     assert_same(learn, whole)
     assert type(learn.loss_func) is type(whole.loss_func)
+
+
+MEMORIES = dict(
+    FlexMatch=lambda: FlexMatch(0.12),
+    FeatureDensity=FeatureDensity,
+    passes=lambda: FreeMatch(decay=0.9) & MCDropout(at_most=0.5, n_passes=2),
+)
+
+
+def taught(warmup=0.5, policy='FlexMatch', beside=False):
+    "What `build` gets for a teacher and a warm-up"
+    teacher = ModelEMA(half_life=3)
+    return dict(policy=MEMORIES[policy](), fixmatch=dict(teacher=teacher, warmup=warmup), cbs=[teacher] if beside else [])
+
+
+@pytest.mark.parametrize('again', [False, True], ids=['a new learner', 'the same learner'])
+@pytest.mark.parametrize(
+    'warmup,policy,at',
+    [
+        *[(0.5, o, at) for o in MEMORIES for at in (N_STEPS + 1, 2 * N_STEPS + 1, 3 * N_STEPS + 1)],  # within it, at its end, after it
+        (0.4, 'FlexMatch', N_STEPS + 2),  # the checkpoint is from within it, the interrupt fell on a step with unlabelled images
+        (0.4, 'passes', N_STEPS + 2),
+        (0.0, 'FlexMatch', 2 * N_STEPS + 1),
+        (0.0, 'passes', 2 * N_STEPS + 1),
+    ],
+)
+def test_teacher_and_warm_up(tmp_path, warmup, policy, at, again):
+    "Bit for bit, wherever the fit is cut off"
+    whole = build(tmp_path, **taught(warmup, policy))
+    one_cycle(whole)
+    drawn = draw()
+    learn = build(tmp_path, **taught(warmup, policy))
+    cut_off(one_cycle, learn, [SaveFixMatch('a')], at=at)
+    if not again:
+        learn = build(tmp_path, seed=5, **taught(warmup, policy))
+    random.seed(7)
+    torch.rand(3)
+    one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
+    assert draw() == drawn
+    assert_same(learn, whole)
+    assert len(learn.fix_match.history) == N_EPOCHS * N_STEPS and learn.model_ema.averaged
+    net = getattr(learn.fix_match.policy, '_net', None)
+    assert net is None or net.model is learn.model_ema.ema.module
+
+
+def test_teacher_given_beside_fixmatch_is_the_same_run(tmp_path):
+    whole = build(tmp_path, **taught())
+    one_cycle(whole)
+    cut_off(one_cycle, build(tmp_path, **taught()), [SaveFixMatch('a')])
+    learn = build(tmp_path, seed=5, **taught(beside=True))
+    one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
+    assert_same(learn, whole)
+
+
+def test_second_fit_in_its_warm_up(tmp_path):
+    "The unlabelled stream's place is that of the fit before, and the policy remembers that fit"
+
+    def first(seed):
+        learn = build(tmp_path, seed=seed, **taught())
+        one_cycle(learn, 2)
+        return learn
+
+    whole = first(1)
+    one_cycle(whole)
+    cut_off(one_cycle, first(1), [SaveFixMatch('a')], at=N_STEPS + 1)
+    learn = first(5)
+    one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
+    assert_same(learn, whole)
+
+
+def test_finished_run_with_teacher(tmp_path):
+    whole = build(tmp_path, **taught())
+    one_cycle(whole, cbs=SaveFixMatch('a'))
+    learn = build(tmp_path, seed=5, **taught())
+    one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
+    assert_same(learn, whole)
+    assert learn.fix_match._stream is None
+    one_cycle(learn, 1)
+
+
+def test_settings_of_teacher_and_warm_up(tmp_path):
+    "They are there only when set, so that checkpoints of 0.1.0 fit; a teacher is named once, given beside FixMatch or not"
+    new = {'share on labels alone', 'decay of the teacher'}
+
+    def setting(**kwargs):
+        learn = build(tmp_path, **kwargs)
+        one_cycle(learn, 1, cbs=SaveFixMatch('a'))
+        return checkpoint._read(tmp_path / 'models/a.pth')['setting']
+
+    plain, with_average = setting(), setting(cbs=[ModelEMA(half_life=3)])
+    assert not new & {*plain, *with_average}
+    assert with_average['callbacks with a state'] == ['model_ema'] and len(with_average['decay of the average']) == 1
+    with_teacher = setting(**taught())
+    assert new < {*with_teacher} and with_teacher == setting(**taught(beside=True))
+    assert {k: v for k, v in with_teacher.items() if k not in new | {'policy'}} == {k: v for k, v in plain.items() if k != 'policy'}
 
 
 def test_interrupted_twice_and_before_the_first_checkpoint(tmp_path):
@@ -602,6 +697,8 @@ SETTINGS = {
     'checksum of the labelled images: ': (dict(split=1), partial(one_cycle, n_epoch=2)),
     'checksum of the unlabelled images: ': (dict(split=2), partial(one_cycle, n_epoch=2)),
     'classes: .*8.*9.* there, .*9.*8.* here': (dict(vocab=[*'0123456798']), partial(one_cycle, n_epoch=2)),
+    r'share on labels alone: none there, \[0.5\] here': (dict(fixmatch=dict(warmup=0.5)), partial(one_cycle, n_epoch=2)),
+    r'decay of the teacher: none there, \[0.5\] here': (dict(fixmatch=dict(teacher=ModelEMA(0.5))), partial(one_cycle, n_epoch=2)),
 }
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from fastai.vision.all import noop
-from matrix import ELSEWHERE, ROWS, Bench, Row, run
+from matrix import ELSEWHERE, NOT_TAUGHT, ROWS, TAUGHT, Bench, Row, run
 
-from fixmatch_fastai.all import FixMatch
+from fixmatch_fastai.all import FixMatch, ModelEMA
 from fixmatch_fastai.record import SemiRecorder
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +25,15 @@ DEVICE, PRECISION = os.environ.get('MATRIX_DEVICE', 'cpu'), os.environ.get('MATR
 @pytest.mark.parametrize('row', [pytest.param(o, id=o.name, marks=[pytest.mark.xfail(strict=True, reason=o.broken)] * bool(o.broken)) for o in ROWS])
 def test_row(row, tmp_path):
     run(row, Bench(tmp_path, DEVICE, PRECISION))
+
+
+@pytest.mark.parametrize('row', [pytest.param(o, id=o.name) for o in TAUGHT])
+def test_with_a_teacher(row, tmp_path):
+    run(row, Bench(tmp_path, DEVICE, PRECISION, teacher=lambda: ModelEMA(half_life=2)))
+
+
+def test_rows_without_a_teacher_are_rows():
+    assert set(NOT_TAUGHT) <= {o.name for o in ROWS} and len(TAUGHT) > 60
 
 
 def leave_columns_out(monkeypatch):

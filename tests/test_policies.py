@@ -21,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fixmatch_fastai.all import (
     UDA,
     AdaMatch,
+    AlignedLabels,
     Dash,
     DebiasMatch,
+    DistributionAlignment,
     FeatureDensity,
     FixedThreshold,
     FixMatch,
@@ -115,6 +117,9 @@ class Reference:
 
     gap = np.inf
 
+    def loss(self, strong, targets):
+        return -(distributions(targets) * np.log(softmax(strong))).sum(1)
+
     def above(self, value, bar):
         self.gap = min(self.gap, np.abs(value - bar).min())
         return (value >= bar).astype(float)
@@ -180,40 +185,60 @@ class FreeRef(Reference):
         return self.lambda_f * sum(wanted[j] * np.log(g) for j, g in zip(known, got))
 
 
-class Aligned(Reference):
-    "What SoftMatch and AdaMatch have in common; running means start with the first batch"
-
-    mean = mean_x = None
-
-    def align(self, p, p_x=None):
-        self.mean = p.mean(0) if self.mean is None else average(self.mean, p.mean(0), self.decay)
-        target = 1 / C
-        if p_x is not None:
-            target = self.mean_x = p_x.mean(0) if self.mean_x is None else average(self.mean_x, p_x.mean(0), self.decay)
-        p = p * (target + SMALL) / (self.mean + SMALL)
-        return p / p.sum(1, keepdims=True)
+def aligned(p, mean, target):
+    p = p * (target + SMALL) / (mean + SMALL)
+    return p / p.sum(1, keepdims=True)
 
 
-class SoftRef(Aligned):
+class SoftRef(Reference):
+    "The running mean starts with the first batch"
+
+    mean = None
+
     def __init__(self, n_sigma=2.0, decay=0.999):
         self.n_sigma, self.decay = n_sigma, decay
         self.mu, self.var = 1 / C, 1.0
 
     def __call__(self, weak, x, y, idxs):
         p = softmax(weak)
-        c = self.align(p).max(1)
+        self.mean = p.mean(0) if self.mean is None else average(self.mean, p.mean(0), self.decay)
+        c = aligned(p, self.mean, 1 / C).max(1)
         self.mu, self.var = average(self.mu, c.mean(), self.decay), average(self.var, c.var(ddof=1), self.decay)
         return p.argmax(1), np.exp(-(np.minimum(c - self.mu, 0) ** 2) / (2 * self.var / self.n_sigma**2))
 
 
-class AdaRef(Aligned):
+class EvenStart:
+    "A running mean of which even shares are the first batch: all batches alike, until those of 1 ⁄ (1 − decay) are in it"
+
+    def __init__(self, decay):
+        self.decay, self.seen = decay, [np.full(C, 1 / C)]
+
+    def __call__(self, new):
+        self.seen.append(new)
+        n = len(self.seen)
+        self.mean = np.mean(self.seen, 0) if n * (1 - self.decay) <= 1 else average(self.mean if n > 2 else self.seen[0], new, self.decay)
+        return self.mean
+
+
+class AdaRef(Reference):
     def __init__(self, threshold=0.9, decay=0.999):
-        self.threshold, self.decay = threshold, decay
+        self.threshold, self.mean, self.mean_x = threshold, EvenStart(decay), EvenStart(decay)
 
     def __call__(self, weak, x, y, idxs):
-        p_x = softmax(x)
-        p = self.align(softmax(weak), p_x)
+        p, p_x = softmax(weak), softmax(x)
+        p = aligned(p, self.mean(p.mean(0)), self.mean_x(p_x.mean(0)))
         return p.argmax(1), self.above(p.max(1), self.threshold * p_x.max(1).mean())
+
+
+class AlignedRef(Reference):
+    def __init__(self, threshold=0.8, T=0.5, decay=0.95):
+        self.threshold, self.T, self.mean = threshold, T, EvenStart(decay)
+
+    def __call__(self, weak, x, y, idxs):
+        p = softmax(weak)
+        p = aligned(p, self.mean(p.mean(0)), 1 / C)
+        sharp = p ** (1 / self.T)
+        return sharp / sharp.sum(1, keepdims=True), p.max(1) * self.above(p.max(1), self.threshold)
 
 
 class DashRef(Reference):
@@ -240,14 +265,20 @@ class DashRef(Reference):
 class DebiasRef(Reference):
     "Judges with the mean from before this batch, as the authors' code"
 
-    def __init__(self, threshold=0.95, strength=0.5, decay=0.999):
-        self.threshold, self.strength, self.decay = threshold, strength, decay
+    def __init__(self, threshold=0.95, strength=0.5, decay=0.999, margin=False):
+        self.threshold, self.strength, self.decay, self.margin = threshold, strength, decay, margin
         self.p = np.full(C, 1 / C)
 
     def __call__(self, weak, x, y, idxs):
+        self.judged_by = self.p
         debiased = softmax(weak - self.strength * np.log(self.p))
         self.p = average(self.p, softmax(weak).mean(0), self.decay)
         return debiased.argmax(1), self.above(debiased.max(1), self.threshold)
+
+    def loss(self, strong, k):
+        "With a margin of λ · log(1 ⁄ p_j) for class j, equation 6 of the paper, and the p of this batch's labels"
+        z = strong - self.strength * np.log(1 / self.judged_by) if self.margin else strong
+        return np.log(np.exp(z - z[np.arange(len(k)), k][:, None]).sum(1))
 
 
 REFERENCES = {
@@ -268,7 +299,12 @@ REFERENCES = {
     'Dash': (Dash, DashRef, dict(warmup=12, every=3)),
     'Dash, other values': (Dash, DashRef, dict(warmup=0, every=7, gamma=1.5, C=1.2, rho_min=0.3, T=0.8)),
     'DebiasMatch': (DebiasMatch, DebiasRef, {}),
+    'AlignedLabels': (AlignedLabels, AlignedRef, {}),
+    'AlignedLabels, other values': (AlignedLabels, AlignedRef, dict(threshold=0.6, T=0.8, decay=0.6)),
+    'AlignedLabels, plain mean': (AlignedLabels, AlignedRef, dict(threshold=0.9, T=2.0, decay=1.0)),
     'DebiasMatch, other values': (DebiasMatch, DebiasRef, dict(threshold=0.7, strength=1.0, decay=0.7)),
+    'DebiasMatch, margin': (DebiasMatch, DebiasRef, dict(margin=True)),
+    'DebiasMatch, margin, other values': (DebiasMatch, DebiasRef, dict(threshold=0.7, strength=1.0, decay=0.7, margin=True)),
 }
 
 
@@ -286,6 +322,8 @@ def test_equals_float64_version(policy, reference, values):
         strong = random_logits(strong_rng, M)
         penalty = reference.penalty(strong.double().numpy(), weights) if hasattr(reference, 'penalty') else 0
         assert float(policy.penalty(b, pseudo, strong)) == pytest.approx(penalty, abs=1e-5), f'penalty of step {i}'
+        loss = reference.loss(strong.double().numpy(), targets)
+        np.testing.assert_allclose(policy.loss(strong, pseudo).numpy(), loss, atol=1e-4, rtol=1e-4, err_msg=f'loss of step {i}')
         given.append(weights)
     slow = (policy.__class__, values) in ((FreeMatch, {}), (SoftMatch, {}))  # with a decay of 0.999 all still count
     assert slow or 0.05 < np.mean(given) < 0.98, 'a test in which nearly all count, or none, would show little'
@@ -333,7 +371,9 @@ POLICIES = {
     'SoftMatch': partial(SoftMatch, decay=0.9),
     'AdaMatch': partial(AdaMatch, decay=0.9),
     'Dash': partial(Dash, warmup=4, every=5),
+    'AlignedLabels': partial(AlignedLabels, 0.55, decay=0.9),
     'DebiasMatch': partial(DebiasMatch, 0.7, decay=0.9),
+    'DebiasMatch, margin': partial(DebiasMatch, 0.7, decay=0.9, margin=True),
     'FlexMatch & SoftMatch': lambda: FlexMatch(0.7) & SoftMatch(decay=0.9),
     'FreeMatch | Dash & AdaMatch': lambda: FreeMatch(decay=0.9) | Dash(warmup=4, every=5) & AdaMatch(decay=0.9),
 }
@@ -392,6 +432,13 @@ def test_a_class_that_was_never_learned_counts_at_once():
     assert flex(SemiBatch(idxs=first, logits_weak=surely(0.21, k=4))).weights.tolist() == [1.0]
 
 
+def test_alignedlabels_weigh_by_their_confidence_from_the_bar_on():
+    "Each batch is even between the classes it shows, and so alignment leaves it as it is"
+    for c, weight in ((0.5, 0.5), (0.51, 0.0)):
+        policy = ready(AlignedLabels(c, decay=0.0), 4)
+        assert policy(SemiBatch(logits_weak=half)).weights.tolist() == pytest.approx([weight])
+
+
 def test_freematch_asks_less_for_a_rare_class():
     "τ = 2.88 ⁄ 4 = 0.72; p̃₀ = 2.755 ⁄ 4, p̃₄ = 0.405 ⁄ 4: class 0 needs 0.72, class 4 needs 0.72 · 0.405 ⁄ 2.755 = 0.106"
     free = ready(FreeMatch(decay=0.0))
@@ -412,6 +459,21 @@ def test_debiasmatch_favours_a_class_that_was_absent():
         assert pseudo.targets.tolist() == [4] and pseudo.weights.tolist() == [weight]
 
 
+def test_debiasmatch_margin_has_the_p_that_made_the_labels():
+    "Even strong logits: the softmax is the p of before this batch, and even in the first; a class of 0.9 costs −log 0.9, one of 0.025 −log 0.025"
+    debias, even = ready(DebiasMatch(strength=1.0, decay=0.0, margin=True)), torch.zeros(1, C)
+    pseudo = debias(SemiBatch(logits_weak=surely(0.9)))
+    assert debias.loss(even, pseudo).tolist() == pytest.approx([np.log(5)])
+    for k, p in ((0, 0.9), (4, 0.025)):
+        debias(SemiBatch(logits_weak=surely(0.9)))
+        pseudo = debias(SemiBatch(logits_weak=surely(0.99999, k=k)))
+        assert pseudo.targets.tolist() == [k] and debias.loss(even, pseudo).tolist() == pytest.approx([-np.log(p)], rel=1e-4)
+    other = pickle.loads(pickle.dumps(debias))
+    assert other.loss(even, pseudo).equal(debias.loss(even, pseudo)), 'between a decision and its loss'
+    untrained = DebiasMatch(margin=True)
+    assert untrained.loss(even, pseudo).tolist() == pytest.approx([np.log(5)]), 'as even shares have it'
+
+
 def objective(policy, batch, strong):
     "What FixMatch adds to the labelled loss"
     pseudo = policy(batch)
@@ -427,7 +489,9 @@ def objective(policy, batch, strong):
         (FreeMatch(lower=1.0, lambda_f=0.05), 0),
         (AdaMatch(1.0), 0),
         (Dash(warmup=1), 0),
+        (AlignedLabels(1.0), 0),
         (DebiasMatch(1.0), 0),
+        (DebiasMatch(1.0, margin=True), 0),
         (FlexMatch(0.9) & FreeMatch(lower=1.0, lambda_f=0.05), 0),
     ],
     ids=lambda o: type(o).__name__ if isinstance(o, Policy) else '',
@@ -546,20 +610,65 @@ def test_classes_by_number_not_by_place_among_those_present():
     assert free.hist.tolist() == [0, 0, 0, 1, 0] and free.p.argmax() == 3
     ada = ready(AdaMatch())
     ada(b)
-    assert ada.align.mean_x.tolist() == pytest.approx([0.025, 0.025, 0.025, 0.9, 0.025])
+    assert ada.align.mean_x.tolist() == pytest.approx([0.1125, 0.1125, 0.1125, 0.55, 0.1125]), 'half way from even shares'
 
 
 def test_softmatch_labels_come_from_unaligned_probabilities():
-    "The mean is (0.825, 0.175): aligned, (0.6, 0.4) becomes (0.241, 0.759). SoftMatch keeps its label, AdaMatch changes it"
+    """The mean is (0.825, 0.175): aligned, (0.6, 0.4) becomes (0.241, 0.759), but SoftMatch keeps its label.
+
+    AdaMatch changes it: its means are half way from even shares, (0.6625, 0.3375) and (0.5, 0.5), and make (0.433, 0.567) of it."""
     b = SemiBatch(logits_x=surely(0.9, 0.1, n_classes=2), logits_weak=surely(0.9, 0.9, 0.9, 0.6, n_classes=2))
     soft, ada = ready(SoftMatch(decay=0.0), 2), ready(AdaMatch(0.8), 2)
     assert soft(b).targets.tolist() == [0, 0, 0, 0]
     pseudo = ada(b)
     assert pseudo.targets.tolist() == [0, 0, 0, 1]
-    assert pseudo.weights.tolist() == [0.0, 0.0, 0.0, 1.0]  # 0.656 and 0.759 against 0.8 · 0.9
+    assert pseudo.weights.tolist() == [1.0, 1.0, 1.0, 0.0]  # 0.821 and 0.567 against 0.8 · 0.9
     aligned = [9 / 0.825, 1 / 0.175], [0.6 / 0.825, 0.4 / 0.175]
     c = [max(p) / sum(p) for p in aligned]
     assert soft.mu.item() == pytest.approx((3 * c[0] + c[1]) / 4, abs=1e-5)
+
+
+# --- many classes, few labelled images --------------------------------------------------------------------------------------------------
+
+
+def right_logits(k, confidence, noise, rng, n_classes=100):
+    "Logits that give class `k` this confidence and leave the rest to the others, evenly or with `noise`"
+    z = torch.randn(len(k), n_classes, generator=rng) * noise
+    z.scatter_(1, k[:, None], -torch.inf)
+    sure = z.logsumexp(1, keepdim=True) + torch.tensor(confidence / (1 - confidence)).log()
+    return z.scatter_(1, k[:, None], sure)
+
+
+def n_spoilt(policy, confidence, noise, seed, n_steps=150):
+    "Of labels that are all right, how many are wrong after alignment? 16 labelled images a batch, seven times as many without"
+    rng = torch.Generator().manual_seed(seed)
+    n = 0
+    for _ in range(n_steps):
+        y, k = (torch.randint(100, (m,), generator=rng) for m in (16, 112))
+        x, weak = (right_logits(o, confidence, noise, rng) for o in (y, k))
+        assert weak.argmax(1).equal(k)
+        n += int((policy(SemiBatch(y=y, logits_x=x, logits_weak=weak)).targets != k).sum())
+    return n
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('confidence,noise', [(0.3, 0), (0.5, 0), (0.8, 0), (0.9, 0), (0.9, 1), (0.99, 0), (0.99, 1)])
+def test_alignment_spoils_no_right_label(confidence, noise, seed):
+    assert n_spoilt(ready(AdaMatch(), 100), confidence, noise, seed) == 0
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('confidence', [0.5, 0.8])
+def test_alignment_spoils_hardly_a_label_with_a_near_rival(confidence, seed):
+    "One other class may have a tenth of the rest, and alignment is there to move what is uncertain: one in a thousand"
+    assert n_spoilt(ready(AdaMatch(), 100), confidence, 1, seed) < 150 * 112 / 1000
+
+
+@pytest.mark.parametrize('confidence', [0.8, 0.9, 0.99])
+def test_alignment_that_begins_with_the_first_batch_spoils_right_labels(confidence):
+    ada = AdaMatch()
+    ada.align = DistributionAlignment()
+    assert n_spoilt(ready(ada, 100), confidence, 1, seed=0) > 100
 
 
 # --- several processes -------------------------------------------------------------------------------------------------------------------
@@ -792,7 +901,7 @@ def test_trains(make_learner, make):
     assert one.keys() == two.keys()
     assert bool(one) == (not isinstance(policy, (FixedThreshold, UDA)))
     moved = {k for k in two if not one[k].equal(two[k])}
-    still = {k for k in two if k.endswith(('align.mean_x', 'rho_x'))}  # SoftMatch does not ask, Dash no longer after its warm-up
+    still = {k for k in two if k.endswith(('align.mean_x', 'align.seen_x', 'rho_x'))}  # SoftMatch does not ask, Dash no longer after its warm-up
     assert moved | still == set(two)
 
 

@@ -1,11 +1,13 @@
 "Tables of pseudo-labels, soft labels, teachers and students, and the supervised twin"
 
+import json
 import os
 import shutil
 import tracemalloc
 import warnings
 from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +18,7 @@ from conftest import quiet_fit, tiny_net
 from fastai.vision.all import (
     CategoryBlock,
     ColReader,
+    ConvLayer,
     CrossEntropyLossFlat,
     CutMix,
     DataBlock,
@@ -32,6 +35,7 @@ from fastai.vision.all import (
     RandomSplitter,
     accuracy,
     load_learner,
+    nn,
     noop,
     parent_label,
     set_seed,
@@ -49,7 +53,9 @@ from fixmatch_fastai.all import (
     SoftCategoryBlock,
     SoftCrossEntropyLoss,
     SoftFocalLoss,
+    SupervisedTwin,
     TableLabels,
+    WeakTransform,
     add_drop_path,
     balance_classes,
     compare_supervised,
@@ -731,7 +737,8 @@ def test_both_arms_begin_alike_and_take_as_many_steps(arms):
         assert (a[2], b[2]) == (False, True) and a[1] == b[1]
         assert all(torch.equal(p, q) for p, q in zip(a[0], b[0], strict=True))
     assert pairs[0][1] != pairs[2][1], 'each seed has its own labels'
-    assert twin.runs.steps.tolist() == [6] * 4 and twin.runs.seed.tolist() == [0, 0, 1, 1]
+    assert twin.runs.steps.tolist() == [0, 6, 6] * 2 and twin.runs.seed.tolist() == [0, 0, 0, 1, 1, 1]
+    assert twin.runs.method.tolist() == ['probe', 'supervised', 'FixMatch'] * 2 == [*twin.methods] * 2 and twin.arms == ('supervised', 'FixMatch')
     assert len(twin.table()) == 1 and twin.table().seeds.iloc[0] == 2
     assert twin.learn.fix_match.history.shape[0] == 6
 
@@ -739,10 +746,10 @@ def test_both_arms_begin_alike_and_take_as_many_steps(arms):
 def test_accuracies_are_those_of_the_validation_images(arms):
     kept = []
     twin = compare_supervised(*arms, seeds=1, fit=lambda learn: (FIT(learn), kept.append(learn)), progress=False)
-    for learn, accuracy_ in zip(kept, twin.runs.accuracy):
+    for learn, accuracy_ in zip(kept, twin.runs.accuracy[1:], strict=True):
         with learn.no_bar():
             assert learn.validate()[1] == pytest.approx(accuracy_)
-    assert [len(o['curve']) for o in twin.rows] == [2, 2] and twin.rows[0]['curve'][-1] == pytest.approx(twin.rows[0]['accuracy'])
+    assert [len(o['curve']) for o in twin.rows] == [0, 2, 2] and twin.rows[1]['curve'][-1] == pytest.approx(twin.rows[1]['accuracy'])
 
 
 def test_an_interrupted_comparison_goes_on(arms, tmp_path):
@@ -757,7 +764,7 @@ def test_an_interrupted_comparison_goes_on(arms, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compare_supervised(*arms, seeds=2, fit=fit, out=out, progress=False)
     twin = compare_supervised(*arms, seeds=2, fit=fit, out=out, progress=False)
-    assert len(fits) == 5 and len(twin.rows) == 4
+    assert len(fits) == 5 and len(twin.rows) == 6
     whole = compare_supervised(*arms, seeds=2, fit=FIT, progress=False)
     pd.testing.assert_frame_equal(twin.runs.drop(columns='seconds'), whole.runs.drop(columns='seconds'))
     assert twin.table().equals(whole.table()) and repr(twin) == repr(whole)
@@ -767,7 +774,7 @@ def test_an_interrupted_comparison_goes_on(arms, tmp_path):
 
 def test_several_numbers_of_labels(arms):
     twin = compare_supervised(*arms, seeds=[5, 7], n_labels=[10, 40], fit=FIT, progress=False)
-    assert twin.table().index.tolist() == [10, 40] and len(twin.rows) == 8
+    assert twin.table().index.tolist() == [10, 40] and len(twin.rows) == 12
     assert '10 labels:' in repr(twin) and 'worth' in repr(twin)
     hidden = compare_supervised(lambda **kwargs: arms[0](**kwargs), arms[1], seeds=[5], n_labels=10, fit=FIT, progress=False)
     assert hidden.runs.accuracy.tolist() == twin.runs[(twin.runs.n_labels == 10) & (twin.runs.seed == 5)].accuracy.tolist()
@@ -814,6 +821,8 @@ def test_what_can_not_be_compared(arms, tmp_path):
         compare_supervised(make_learner, pool, seeds=0)
     with pytest.raises(ValueError, match="'supervised' is the other one"):
         compare_supervised(make_learner, pool, name='supervised')
+    with pytest.raises(ValueError, match="'probe' is what stands beside the two"):
+        compare_supervised(make_learner, pool, name='probe')
     with pytest.raises(TypeError, match=r'`method` must make a callback of the loader, as `lambda dl: FixMatch\(dl, policy=FlexMatch\(\)\)`'):
         compare_supervised(make_learner, pool, method=FlexMatch)
     with pytest.raises(TypeError, match='but made a FlexMatch'):
@@ -826,6 +835,174 @@ def test_what_can_not_be_compared(arms, tmp_path):
     lengths = iter([1, 2])
     with pytest.warns(UserWarning, match='with 3 to 6: the comparison is not fair'):
         compare_supervised(make_learner, pool, seeds=1, fit=lambda learn: quiet_fit(learn, next(lengths)), progress=False)
+
+
+@pytest.mark.parametrize('n_labels', [10, 30])
+def test_the_probe_is_scikit_learns(arms, n_labels):
+    "On the features that the network has before training, with the labels of each seed; of one label a class there is no cross-validation"
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    twin = compare_supervised(*arms, seeds=2, n_labels=n_labels, fit=FIT, progress=False)
+    for seed, found in enumerate(o for o in twin.rows if o['method'] == 'probe'):
+        set_seed(seed)
+        learn = arms[0](n_labels, seed)
+        features = []
+        for dl in (learn.dls.test_dl(learn.dls.train_ds.items, with_labels=True), learn.dls.valid):
+            x, y = (torch.cat(o) for o in zip(*dl, strict=True))
+            with torch.no_grad():
+                features.append((learn.model.eval()[:-1](x).double().numpy(), y.numpy()))
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        if n_labels > 10:
+            folds = StratifiedKFold(n_labels // 10, shuffle=True, random_state=0)
+            model = GridSearchCV(model, {'logisticregression__C': [0.001, 0.01, 0.1, 1]}, scoring='neg_log_loss', cv=folds)
+        right = model.fit(*features[0]).predict(features[1][0]) == features[1][1]
+        assert found['right'].dtype == bool and found['right'].tolist() == right.tolist() and found['accuracy'] == right.mean() and found['seed'] == seed
+        assert 0.2 < right.mean() < 1
+
+
+def refused(learn):
+    raise ValueError('Not this one.')
+
+
+def of_fastai(n_labels=20, seed=0, arms=None):
+    "Random views, shuffled validation and a worker"
+    dls = arms[0](n_labels, seed).dls
+    noisy = nn.Sequential(*tiny_net()[:3], nn.Dropout(0.2), nn.Linear(128, 10))
+    dls.train.after_item.add(WeakTransform())
+    return Learner(DataLoaders(dls.train, dls.valid.new(shuffle=True, num_workers=1)), noisy, metrics=accuracy, loss_func=CrossEntropyLossFlat())
+
+
+def of_torch(n_labels=20, seed=0, arms=None):
+    "Loaders with random numbers of their own"
+    dls = arms[0](n_labels, seed).dls
+    x, y = (torch.cat(o) for o in zip(*dls.test_dl(dls.train_ds.items, with_labels=True), strict=True))
+    train = torch.utils.data.TensorDataset(x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor))
+    train = torch.utils.data.DataLoader(train, 4, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    return Learner(DataLoaders(train, dls.valid), tiny_net(), metrics=accuracy, loss_func=CrossEntropyLossFlat())
+
+
+@pytest.mark.parametrize('make_learner', [of_fastai, of_torch])
+def test_the_probe_changes_nothing_of_the_training(arms, monkeypatch, make_learner):
+    x = torch.rand(16, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    pool = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x.flip(-1)), 8)
+
+    def trained():
+        kept = []
+
+        def fit(learn):
+            FIT(learn)
+            kept.append([o.clone() for o in learn.model.state_dict().values()])
+
+        twin = compare_supervised(partial(make_learner, arms=arms), pool, seeds=2, fit=fit, progress=False)
+        return twin, kept
+
+    twin, weights = trained()
+    monkeypatch.setattr(self_training, 'probe', refused)
+    with pytest.warns(UserWarning, match=r'goes without the probe\. Not this one\.') as told:
+        without, expected = trained()
+    assert len([o for o in told if 'probe' in str(o.message)]) == 1 and told[0].filename == __file__
+    assert all(torch.equal(p, q) for a, b in zip(weights, expected, strict=True) for p, q in zip(a, b, strict=True))
+    rows = [o for o in twin.rows if o['method'] != 'probe']
+    assert len(rows) == 4 == len(without.rows) and len(twin.rows) == 6
+    for a, b in zip(rows, without.rows, strict=True):
+        assert a['right'].tolist() == b['right'].tolist()
+        assert all(a[k] == b[k] for k in ('method', 'seed', 'accuracy', 'steps', 'curve', 'start'))
+    assert without.methods == without.arms and 'probe' not in repr(without) + ''.join(without.table().columns)
+    pd.testing.assert_frame_equal(twin.table()[without.table().columns], without.table())
+    assert [o for o in twin.report().splitlines() if not o.startswith('probe')] == without.report().splitlines()
+    assert len(without.plot().get_legend().get_texts()) == 2
+
+
+def test_what_can_not_be_probed_is_compared_all_the_same(arms):
+    "Here a network without a linear layer"
+    make_learner, pool = arms
+
+    def convolutional():
+        return Learner(make_learner().dls, nn.Sequential(ConvLayer(1, 8), nn.Conv2d(8, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), metrics=accuracy)
+
+    with pytest.warns(UserWarning, match=r'goes without the probe\. The model has no linear layer') as told:
+        twin = compare_supervised(convolutional, pool, seeds=2, fit=FIT, progress=False)
+    assert len(told) == 1 and twin.runs.method.tolist() == ['supervised', 'FixMatch'] * 2
+    assert len(twin.report().splitlines()) == 4
+
+
+def test_an_old_file_without_probes_goes_on(arms, tmp_path):
+    out = tmp_path / 'twin.json'
+    whole = compare_supervised(*arms, seeds=2, fit=FIT, out=out, progress=False)
+    new = json.loads(out.read_text())
+    assert [o['method'] for o in new] == ['probe', 'supervised', 'FixMatch'] * 2
+    old = [o for o in new if o['method'] != 'probe']
+    out.write_text(json.dumps(old[:3]))
+    twin = compare_supervised(*arms, seeds=2, fit=FIT, out=out, progress=False)
+    assert twin.table().equals(whole.table()) and repr(twin) == repr(whole)
+    out.write_text(json.dumps(old))
+    twin = compare_supervised(*arms, seeds=2, fit=pytest.fail, out=out, progress=False)
+    assert twin.table().equals(whole.table()) and len(json.loads(out.read_text())) == 6
+    calls = []
+    compare_supervised(lambda: calls.append(1), arms[1], seeds=2, fit=pytest.fail, out=out, progress=False)
+    assert not calls, 'nothing is left to do'
+    out.write_text(json.dumps(old))
+
+    def other():
+        torch.rand(1)
+        return arms[0]()
+
+    with pytest.warns(UserWarning, match='goes without the probe. The finished runs began with other weights'):
+        twin = compare_supervised(other, arms[1], seeds=2, fit=pytest.fail, out=out, progress=False)
+    assert 'probe' not in repr(twin) and twin.table()['FixMatch mean'].equals(whole.table()['FixMatch mean'])
+
+
+def run_of(method, right, n_labels=0, seed=0, curve=()):
+    right = np.array(list(right)) == '1'
+    steps = 0 if method == 'probe' else 9
+    return dict(n_labels=n_labels, seed=seed, method=method, accuracy=right.mean(), steps=steps, seconds=1.0, right=right, curve=[*curve])
+
+
+def test_the_probe_is_a_line_beside_the_two():
+    "Of four images each it has 1 and 2 right, supervised training 2 and 2, FixMatch 3 and 3"
+    twin = SupervisedTwin()
+    for seed, (a, b) in enumerate((('1100', '1110'), ('1010', '0111'))):
+        twin.rows += [run_of('supervised', a, seed=seed, curve=(0.25, 0.5)), run_of('FixMatch', b, seed=seed, curve=(0.5, 0.75))]
+    without = twin.table()
+    twin.rows.append(run_of('probe', '1000'))
+    assert 'probe  ' not in twin.report() and np.isnan(twin.table()['probe mean'].iloc[0]), 'a mean of other seeds is no comparison'
+    twin.rows.append(run_of('probe', '1001', seed=1))
+    pd.testing.assert_frame_equal(twin.table()[without.columns], without)
+    lines = twin.report().splitlines()
+    assert [o.split()[0] for o in lines[1:]] == ['probe', 'supervised', 'FixMatch', 'difference'] and 'better in 2 of 2' in lines[4]
+    assert lines[1].startswith('probe         37.5 ± 17.7 %   logistic regression'), lines[1]
+    twin.rows.append(run_of('probe', '1111', seed=2))
+    assert twin.report().splitlines() == lines, 'a seed of which the two are not known yet'
+
+
+def test_the_probe_is_flat_in_the_plot():
+    twin = SupervisedTwin()
+    for seed, (a, b, c) in enumerate((('1000', '1100', '1110'), ('1001', '1010', '0111'))):
+        twin.rows += [run_of('probe', a, seed=seed), run_of('supervised', b, seed=seed, curve=(0.25, 0.5)), run_of('FixMatch', c, seed=seed, curve=(0.5, 0.75))]
+    ax = twin.plot()
+    assert [o.get_text() for o in ax.get_legend().get_texts()] == ['probe, 37.5 %', 'supervised, 50.0 %', 'FixMatch, 75.0 %']
+    flat = [o for o in ax.lines if len(set(o.get_ydata())) == 1]
+    assert [o.get_ydata()[0] for o in flat] == [25, 50, 37.5] and {o.get_color() for o in flat} == {'C1'}
+    assert len({o.get_color() for o in ax.lines}) == 3
+    twin.rows += [{**o, 'n_labels': 40} for o in twin.rows]
+    ax = twin.plot()
+    assert [o.get_text() for o in ax.get_legend().get_texts()] == ['probe', 'supervised', 'FixMatch']
+    assert [o.get_ydata()[-1] for o in ax.lines[1::2]] == [37.5, 50, 75]
+    plt.close('all')
+
+
+def test_the_probe_has_no_say_in_what_labels_are_worth():
+    twin = SupervisedTwin()
+    for n, a, b in ((10, '1100', '1110'), (40, '1111', '1111')):
+        twin.rows += [run_of('supervised', a, n), run_of('FixMatch', b, n)]
+    assert twin.worth(10) == pytest.approx(20)
+    twin.rows += [run_of('probe', '0000', n) for n in (5, 10, 40)]
+    assert twin.worth(10) == pytest.approx(20) and twin.table().worth[10] == pytest.approx(20)
+    with pytest.raises(ValueError, match='no run with 5 labels: give one of 10, 40'):
+        twin.worth(5)
 
 
 def test_intervals_are_scipys():

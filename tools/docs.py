@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {
     'CHANGELOG.md': 'docs/changelog.md',
     'CONTRIBUTING.md': 'docs/contributing.md',
+    'benchmarks/photos.md': 'docs/photos.md',
     'benchmarks/policies.md': 'docs/benchmarks.md',
     'benchmarks/self_training.md': 'docs/self_training.md',
     'benchmarks/results.md': 'docs/speed.md',
