@@ -258,15 +258,15 @@ def _in_epochs(learn, n_steps, n_epoch):
 @patch
 def fine_tune_fixmatch(self:Learner,
     unlabeled_dl,            # `dls.unlabeled_dl(items)`, or any loader of weak and strong views
-    n_steps:int=300,         # Training steps in all, rounded up to whole epochs; 150 gained less
-    base_lr:float=1e-4,      # Highest learning rate of the head; with 3e-4 photos that are hard to label lost, with 1e-3 all did
+    n_steps:int=300,         # Training steps in all, rounded up to whole epochs; 150 gained a little less
+    base_lr:float=1e-4,      # Highest learning rate of the head; with 3e-4 the harder set of photos lost a point, with 1e-3 both lost more
     policy=None,             # Which pseudo-labels count; default `AlignedLabels()`, soft labels that keep what the teacher doubts
     teacher=None,            # A `ModelEMA`, whose average makes the pseudo-labels; default: with a half-life of an eighth of the steps
     warmup:float=0.4,        # Share of the steps that is on labels alone, 0 to below 1: the teacher must know something first
     body_lr:float=0.3,       # Learning rate of the body, as a share of the head's: it has less to learn
     lambda_u:float=1.0,      # Weight of the unlabelled loss, 0 or more
     min_agreement:float=0.5, # The pool is left out if teacher and probe agree on a smaller share of the images of which the teacher is sure, 0 to 1
-    freeze_bn:bool=True,     # Keep BatchNorm in eval mode? A few images say less of its statistics than the million it has seen
+    freeze_bn:bool=True,     # Keep BatchNorm in eval mode? In training mode photos lost ten points and more: a few images say little of what it has seen a million of
     n_epoch:int=10,          # How often it is validated on the way
     cbs=None                 # More callbacks for this fit, such as `SaveFixMatch(resume=True)`
 )->Probe: # What the body's features gave before anything was trained

@@ -40,6 +40,7 @@ TEXTS = {
     'benchmarks/results.md': 'docs/speed.md',
     'benchmarks/matrix.md': 'docs/matrix.md',
 }  # pages that are not notebooks
+PICTURES = {'benchmarks/photos.png': 'docs/images/photos.png'}  # and pictures that are no cell's
 FOR_QUARTO = {'FrontmatterProc', 'add_links', 'add_fold'}  # steps of nbdev that write what only Quarto reads
 BARS = re.compile(r'(?s)<style.*?</style>\s*|<div>\s*<progress.*?</div>| (?:border|class|style)="[^"]*"|^\s+', re.M)
 BLOCKS = r'^(?P<fence>`{3,}).*?^(?P=fence)|^\$\$.*?\$\$|^#[^\n]*'  # these stay as they are
@@ -155,7 +156,7 @@ def linked(text, source, dest, names):
             path = normpath(join(dirname(source), page))
             if not Path(path).exists():
                 sys.exit(f'{source} links to {m["target"]}, which does not exist: correct the link.')
-            page = page_of(path) if path.endswith('.ipynb') else path if dest == 'README.md' else TEXTS.get(path)
+            page = page_of(path) if path.endswith('.ipynb') else path if dest == 'README.md' else (TEXTS | PICTURES).get(path)
         return f'{m["text"]}({relpath(page, dirname(dest) or ".")}{anchor and "#" + anchor.lower()})' if page else m['text'][1:-1]
 
     return WORDS.sub(link, text)
@@ -172,6 +173,7 @@ def build():
         for name in re.findall(r'^### `([\w.]+)`$', text, re.M):
             called = name.replace('DataLoaders.', 'dls.').replace('Learner.', 'learn.')
             names |= dict.fromkeys([name, called], f'{page}#{name.lower().replace(".", "")}')
+    files |= {dest: Path(source).read_bytes() for source, dest in PICTURES.items()}
     return files | {dest: linked(text, source, dest, names).encode() for dest, (source, text) in pages.items()}
 
 
