@@ -359,7 +359,7 @@ def _listed(found, learn, most=20):
 class _LabelsAlone(Callback):
     "A fit with `FixMatch` as it would be without its unlabelled images"
     run_valid = False
-    def before_fit(self): self.learn.fix_match.warmup = 1. # of the steps: no view is made
+    def before_fit(self): self.learn.fix_match.warmup = 1. # of the steps: nothing is learned from a view
 
 def _in_a_line(policy): return f'{type(policy).__name__}({policy.extra_repr()})' # without the parts that torch lists, a line each
 
@@ -399,7 +399,7 @@ class Training:
             set_seed(s.seed) # the twin learns the probe's answers from the same draws
             cbs = cbs + [_LabelsAlone()]*(learn is self.twin)
             learn.fine_tune_fixmatch(learn.fix_match._unlabeled_dl, n_steps=self.epochs*s.steps, base_lr=self.lr, policy=s.policy,
-                                     n_epoch=self.epochs, cbs=cbs, **({'min_agreement': 0} if learn is self.twin else {}))
+                                     n_epoch=self.epochs, cbs=cbs)
         elif s.pretrained: learn.fine_tune(self.epochs, self.lr, cbs=cbs)
         else: learn.fit_one_cycle(self.epochs, self.lr, cbs=cbs)
 

@@ -18,7 +18,7 @@ from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.schedule import Learner, ParamScheduler, SchedCos, combine_scheds
 from fastai.data.core import TfmdDL
 from fastai.optimizer import OptimWrapper
-from fastai.torch_basics import L, Tensor, cast, flatten_model, get_model, patch, to_device
+from fastai.torch_basics import L, Tensor, cast, get_model, patch, to_device
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 

@@ -37,8 +37,8 @@ ROOMS = {'augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'ema'
          'self_training', 'meta_pseudo_labels', 'warm_start', 'experiment', 'cli'}  # fmt: skip
 KNOWS = dict(
     augment=[], data=['augment'], policy=[], uncertainty=['policy'], callback=['policy', 'record'], record=['policy'],
-    ema=[], recipe=[], checkpoint=['callback', 'policy', 'record', 'ema'],
-    self_training=['augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'checkpoint', 'ema'],
+    ema=[], recipe=['callback', 'policy', 'record', 'ema'], checkpoint=['callback', 'policy', 'record', 'ema'],
+    self_training=['augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'checkpoint', 'ema', 'recipe', 'check'],
     meta_pseudo_labels=['callback', 'policy', 'record'], warm_start=['augment', 'data'],
     experiment=['augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'ema', 'recipe', 'checkpoint', 'check', 'interpret'],
 )  # fmt: skip
