@@ -22,7 +22,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_basics import Tensor, cast, get_model, nn, norm_bias_params, patch, to_device, trainable_params
 from torch.amp import GradScaler
 
-from .callback import FixMatch, OneCallLoss, _as_in_validation, _check_loader, _said, _tells_truth, own_loss
+from .callback import FixMatch, OneCallLoss, evaluating, _check_loader, _said, _tells_truth, own_loss
 from .policy import UDA, SemiBatch
 from .record import SemiRecorder
 
@@ -200,7 +200,7 @@ def after_pred(self:MetaPseudoLabels):
 def _as_measured(model):
     "Without dropout and gradient; BatchNorm normalises by the batch, and remembers nothing of it"
     bns = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats]
-    with _as_in_validation(model):
+    with evaluating(model):
         try:
             for m in bns: m.training,m.track_running_stats = True,False
             yield

@@ -7,7 +7,6 @@ __all__ = ['FrozenBatchNorm', 'Probe', 'probe', 'probe_head', 'PoolCheck', 'Nest
 
 # %% ../nbs/07_recipe.ipynb #5bfeb075
 import math,warnings
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from fastai.torch_basics import L, Tensor, cast, get_model, patch, to_device
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .callback import FixMatch
+from .callback import FixMatch, evaluating
 from .ema import ModelEMA
 from .policy import AlignedLabels, sum_rows
 
@@ -54,10 +53,11 @@ def _layers(modules):
 
 def _parts(learn):
     model = get_model(learn.model)
-    groups = [[id(p) for p in o] for o in learn.splitter(model)] if learn.splitter(model) and not isinstance(learn.splitter(model)[0], Tensor) else []
-    if type(model) is nn.Sequential and len(groups) > 1:
+    groups = [o for o in learn.splitter(model) if not isinstance(o, Tensor)] # a splitter may leave out to group
+    last = {id(p) for p in groups[-1]} if len(groups) > 1 else set()
+    if type(model) is nn.Sequential and last:
         for k in range(1, len(model)):
-            if {id(p) for p in model[k:].parameters()} == set(groups[-1]):
+            if {id(p) for p in model[k:].parameters()} == last:
                 layers = _layers(model[k:])
                 n = next(i for i,o in enumerate(layers) if o.state_dict()) # pooling and the like belong to the features
                 return _Parts(nn.Sequential(*model[:k], *layers[:n]), nn.Sequential(*layers[n:]))
@@ -66,16 +66,6 @@ def _parts(learn):
     return _Parts(partial(_after, model, layer=linear[-1]), linear[-1])
 
 # %% ../nbs/07_recipe.ipynb #1616e9dd
-@contextmanager
-def _evaluating(model):
-    "Without gradient and with the model in eval mode, which is as before afterwards"
-    modes = [(m,m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for m,mode in modes: m.training = mode
-
 def _labeled_once(dls):
     "The labelled images, each once, as in validation where that can be"
     train = getattr(dls.train, 'dl', dls.train) if not isinstance(dls.train, TfmdDL) else dls.train
@@ -86,7 +76,7 @@ def _labeled_once(dls):
 def _features(learn, parts, dl)->tuple: # `(features, y)`, float32 (n, ...) and int64 (n,), on the CPU
     fs,ys,device = [],[],getattr(learn.dls, 'device', None) or next(learn.model.parameters()).device
     learn.model.to(device) # as a fit does
-    with _evaluating(learn.model):
+    with evaluating(learn.model):
         for x,y,*_ in dl:
             if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point(): raise ValueError("The probe needs one class number for each image, as a CategoryBlock gives: it is not for several labels or numbers.")
             x,y = (cast(to_device(o, device), Tensor) for o in (x,y))
@@ -110,7 +100,7 @@ class Probe(NamedTuple):
 def _fit_probe(x, y):
     "Standardised features, logistic regression; its strength by cross-validation where each class has two images or more"
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     model,least = make_pipeline(StandardScaler(), LogisticRegression(C=.1, max_iter=1000)),min(np.bincount(y)[np.unique(y)])
@@ -118,7 +108,6 @@ def _fit_probe(x, y):
     if least < 2: return model.fit(x, y),math.nan
     search = GridSearchCV(model, {'logisticregression__C': np.logspace(-3, 0, 4)}, scoring='neg_log_loss', cv=StratifiedKFold(min(5, least), shuffle=True, random_state=0))
     search.fit(x, y)
-    from sklearn.model_selection import cross_val_score
     return search.best_estimator_,cross_val_score(search.best_estimator_, x, y, cv=search.cv).mean()
 
 def _linear(model, n_classes):
@@ -211,14 +200,14 @@ class PoolCheck(Callback):
         self._sample = [(o,self._labels(self.model, o.weak)) for o in batches]
 
     def _labels(self, model, x):
-        with _evaluating(model): return model(x).argmax(1)
+        with evaluating(model): return model(x).argmax(1)
 
     def before_batch(self):
         fm = self.learn.fix_match
         if self._sample is None or fm.warming_up: return
         sums = []
         for batch,before in self._sample:
-            with _evaluating(fm.teacher.ema.module): logits = fm.teacher.ema(batch.weak).float()
+            with evaluating(fm.teacher.ema.module): logits = fm.teacher.ema(batch.weak).float()
             targets,weights = fm.decide(batch._replace(logits_weak=logits))
             targets = targets.argmax(1) if targets.ndim == 2 else targets
             sums.append(torch.stack([(weights*(targets == before)).sum(), weights.sum()]))
