@@ -479,6 +479,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fixmatch_fastai.cli.Training.measure_probe': ( 'cli.html#training.measure_probe',
                                                                                      'fixmatch_fastai/cli.py'),
                                      'fixmatch_fastai.cli.Training.n_epochs': ('cli.html#training.n_epochs', 'fixmatch_fastai/cli.py'),
+                                     'fixmatch_fastai.cli.Training.pool_left_out': ( 'cli.html#training.pool_left_out',
+                                                                                     'fixmatch_fastai/cli.py'),
                                      'fixmatch_fastai.cli.Training.report': ('cli.html#training.report', 'fixmatch_fastai/cli.py'),
                                      'fixmatch_fastai.cli.Training.save': ('cli.html#training.save', 'fixmatch_fastai/cli.py'),
                                      'fixmatch_fastai.cli.Training.save_learner': ( 'cli.html#training.save_learner',

@@ -500,6 +500,12 @@ def _difference(first, second, more=''):
     sure = 'so with these few images the two can not be told apart' if low <= 0 <= high else 'more than chance would explain'
     return f"Difference {100*d:+.1f} points (95 % interval {100*low:+.1f} to {100*high:+.1f}{more}), {sure}"
 
+@patch(as_prop=True)
+def pool_left_out(self:Training)->bool:
+    "Did no step of the training that has just been use an unlabelled image?"
+    history = self.learn.fix_match.history
+    return len(history) > 0 and bool(history.mask_rate.isna().all())
+
 @patch
 def verdict(self:Training)->list: # Of sentences
     "Accuracy, and what it is compared with chance, the probe's and the twin's"
@@ -509,6 +515,8 @@ def verdict(self:Training)->list: # Of sentences
     if self.probe is not None:
         said += [f"The probe, a logistic regression on the pretrained network's features, before the training: {_pct(self.probe.accuracy)}.",
                  f"{_difference(self.right, self.probe.right)}."]
+    if self.pool_left_out: said.append("The unlabelled images were left out: on too many of them the network, once it had learned the labels, contradicts the probe, so its pseudo-labels would teach mistakes. "
+                                       "Label a few more images, or look at what the pool shows.")
     if self.twin is None: return said
     only,other = int((self.right & ~self.twin_right).sum()),int((~self.right & self.twin_right).sum())
     return said + [f"The supervised twin, with the same labels, steps and starting weights: {_pct(self.twin_right.mean())}.",

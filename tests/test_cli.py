@@ -24,7 +24,7 @@ import torch
 from fastai.vision.all import Normalize, get_image_files, load_learner, models, parent_label
 from safetensors.torch import load_file, save_file
 
-from fixmatch_fastai import cli, experiment, self_training
+from fixmatch_fastai import cli, experiment, recipe, self_training
 from fixmatch_fastai.all import split_labeled
 from fixmatch_fastai.recipe import probe
 
@@ -112,6 +112,13 @@ def tuned(folders, weights):
 
 
 # What a run writes
+
+
+def test_a_pool_that_is_left_out_is_told_of(weights, there, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(recipe.PoolCheck, '_labels', lambda self, model, x: torch.full((len(x),), -1))
+    assert command(cli.fixmatch_train, *DATA, *KNOWN, '--weights', weights, '--epochs', 3, '--no-check', '--out', tmp_path) == 0
+    assert 'The unlabelled images were left out' in capsys.readouterr().out
+    assert 'The unlabelled images were left out' in (tmp_path / 'report.html').read_text(encoding='utf-8')
 
 
 def test_everything_is_there(run):
