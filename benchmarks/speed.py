@@ -393,7 +393,7 @@ class OneOf(Comparison):
     def learner(self, seed, semi):
         learn = super().learner(seed, True)
         fm = learn.fix_match
-        return learn.remove_cb(FixMatch).add_cb(FixMatch(fm._unlabeled_dl, self.threshold, forward=self.forward))
+        return learn.remove_cb(FixMatch).add_cb(FixMatch(fm.unlabeled_dl, self.threshold, forward=self.forward))
 
 
 def bench_accuracy(args):

@@ -1,5 +1,6 @@
 "The public names of fixmatch_fastai"
 from fixmatch_fastai.augment import Cutout, FixMatchBatchTransform, FixMatchTransform, strong_augment, weak_augment
+from fixmatch_fastai import show # pictures of `FixMatch`
 from fixmatch_fastai.callback import FixMatch
 from fixmatch_fastai.check import fixmatch_check
 from fixmatch_fastai.checkpoint import SaveFixMatch

@@ -6,17 +6,16 @@
 __all__ = ['Finding', 'Preflight', 'fixmatch_check', 'quick_check']
 
 # %% ../nbs/09_check.ipynb #71d65708
-import hashlib,itertools,os,random,textwrap,time,warnings
+import hashlib,os,random,textwrap,time,warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from copy import copy, deepcopy
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.data.core import TfmdDL, TfmdLists
 from fastai.data.transforms import Categorize, EncodedMultiCategorize, MultiCategorize, OneHotEncode
@@ -27,11 +26,12 @@ from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .callback import FixMatch, _own, endless, own_loss, unpack
+from .batch import unpack
+from .callback import FixMatch, own_loss
 from .checkpoint import _batch_size, _generator_state, _len, _set_generator_state
+from .core import endless, finished, item_at, processes, unwrap_dl
 from .data import UnlabeledViews, _as_pil
 from .policy import alone
-from .record import SemiRecorder
 
 # %% ../nbs/09_check.ipynb #59f03625
 class Finding(NamedTuple):
@@ -125,7 +125,7 @@ def _loaders_as_they_were(loaders):
         set_random_states(**states)
 
 # %% ../nbs/09_check.ipynb #40a81c90
-def _dataset(dl): return getattr(_own(dl), 'dataset', None)
+def _dataset(dl): return getattr(unwrap_dl(dl), 'dataset', None)
 
 def _valid(fm): return fm.dls.valid if len(fm.dls.loaders) > 1 else None
 
@@ -152,7 +152,7 @@ def _labels(ds):
     if not fs or type(fs[-1]) not in (Categorize,MultiCategorize,EncodedMultiCategorize) or not hasattr(fs[-1].vocab, 'o2i'): return
     *fs,categorize = fs
     def labels(i):
-        y = tl.items.iloc[i] if hasattr(tl.items, 'iloc') else tl.items[i]
+        y = item_at(tl.items, i)
         for f in fs: y = f(y)
         if type(categorize) is EncodedMultiCategorize: return np.flatnonzero(y).tolist()
         return [categorize.vocab.o2i[o] for o in ([y] if type(categorize) is Categorize else y) if o in categorize.vocab.o2i]
@@ -188,7 +188,7 @@ def _check_epoch(fm):
         (steps < 20, 'note', "Use `dls.repeat_train(100)` for epochs of 100 steps: with short ones most of the time goes into validation and restarting workers."))]
 
 def _check_pool(fm):
-    dl,train = fm._unlabeled_dl,fm.dls.train
+    dl,train = fm.unlabeled_dl,fm.dls.train
     n,n_x,bs = _len(_dataset(dl)),_len(_dataset(train)),_batch_size(train)
     m = dl.mu*bs if getattr(dl, 'mu', None) else _batch_size(dl)
     if n is None or not n_x or not m or not bs: return []
@@ -210,7 +210,7 @@ class _Images:
         items = [] if hasattr(self.items, 'iloc') else list(self.items)
         return [str(o) for o in items] if items and isinstance(items[0], (str,Path)) else []
 
-    def item(self, i): return self.items.iloc[i] if hasattr(self.items, 'iloc') else self.items[i]
+    def item(self, i): return item_at(self.items, i)
 
     def name(self, i):
         item = self.item(i)
@@ -277,10 +277,10 @@ def _near(a, b):
 def _check_damaged(fm, pool):
     bad = pool.errors
     such = next((f', such as {pool.images.name(i)} ({e.split(":")[0]})' for i,e in bad.items()), '')
-    advice = "The loader puts others in their place; mend or remove them: `damaged` of this report lists them." if hasattr(fm._unlabeled_dl, 'stream') else \
+    advice = "The loader puts others in their place; mend or remove them: `damaged` of this report lists them." if hasattr(fm.unlabeled_dl, 'stream') else \
              "Training will stop at the first of them: mend or remove them, or make the loader with `dls.unlabeled_dl(files)`, which puts others in their place."
     return _judged('files', f'{len(bad):,} of {pool.n:,} unlabelled images opened were unreadable{such}' if bad else f'all {pool.n:,} unlabelled images opened were readable',
-                   (bad and (len(bad) > .1*pool.n or not hasattr(fm._unlabeled_dl, 'stream')), 'problem', advice), (bad, 'note', advice))
+                   (bad and (len(bad) > .1*pool.n or not hasattr(fm.unlabeled_dl, 'stream')), 'problem', advice), (bad, 'note', advice))
 
 def _check_validation(pool, valid, phash):
     same = _same(pool, valid)
@@ -297,7 +297,7 @@ def _check_validation(pool, valid, phash):
 # %% ../nbs/09_check.ipynb #e918458b
 def _check_images(fm, n, seen):
     "Findings; `overlap` and `damaged` come into `seen`"
-    loaders = fm._unlabeled_dl,_valid(fm),fm.dls.train
+    loaders = fm.unlabeled_dl,_valid(fm),fm.dls.train
     pool,valid,train = (_images(_dataset(o)) for o in loaders)
     if pool is None: return [Finding('in validation', 'not known: the unlabelled loader does not tell its images', 'note', "Make it with `dls.unlabeled_dl(files)`, or compare the two sets yourself.")]
     phash = _phash()
@@ -336,7 +336,7 @@ def _check_channels(labeled, weak):
 # %% ../nbs/09_check.ipynb #61c419c5
 def _draws(fm, n=50, k=5, seconds=2.):
     "`(place, weak, strong)` of at most `n` images, `k` views of each kind; and the dataset they are of"
-    ds,draws,start = _dataset(fm._unlabeled_dl),[],time.perf_counter()
+    ds,draws,start = _dataset(fm.unlabeled_dl),[],time.perf_counter()
     if not hasattr(ds, '__getitem__') or not _len(ds): return draws,ds
     ours = isinstance(ds, UnlabeledViews)
     if ours and isinstance(_valid(fm), TfmdDL): ds = ds.following(fm.dls)
@@ -375,11 +375,8 @@ class _Rehearsal:
         if isinstance(loss, (nn.Module,BaseLoss)): (loss := deepcopy(loss)).to(xy[0].device)
         n = getattr(fm.dls, 'n_inp', max(1, len(xy)-1))
         self.learn = SimpleNamespace(dls=fm.dls, model=model, xb=tuple(xy[:n]), yb=tuple(xy[n:]), loss_func=loss, pct_train=0.)
-        self.fm,self.start,self.params,self.n_out = copy(fm),dict(vars(self.learn)),[p for p in model.parameters() if p.requires_grad],None
-        policy,recorder = deepcopy(fm.policy),SemiRecorder()
-        recorder.start(())
-        vars(self.fm).update(_learn=self.learn, policy=policy, _recorder=recorder, _stream=itertools.repeat(batch), _unlabeled_dl=fm._unlabeled_dl)
-        if fm._set_for is not None and fm._set_for[0] is fm.policy: self.fm._set_for = policy,*fm._set_for[1:]
+        self.fm,self.start,self.n_out = fm.rehearsal(self.learn, batch),dict(vars(self.learn)),None
+        self.params = [p for p in model.parameters() if p.requires_grad]
         amp = fm.learn._grab_cbs(MixedPrecision)
         self.autocast = torch.autocast('cuda', torch.bfloat16 if amp[0].amp_mode == AMPMode.BF16 else torch.float16) if amp and xy[0].device.type == 'cuda' else nullcontext()
 
@@ -390,7 +387,7 @@ def __call__(self:_Rehearsal):
     vars(learn).update(self.start)
     self.fm.before_batch()
     with self.autocast:
-        if self.fm._forward != 'joint': self.fm._pass_weak()
+        if self.fm.weak_first: self.fm.label_weak()
         self.n_images,self.n_bytes = len(learn.xb[0]),learn.xb[0].nbytes
         learn.pred = learn.model(*learn.xb)
         if isinstance(learn.pred, Tensor) and learn.pred.ndim == 2: self.n_out = learn.pred.shape[1]
@@ -399,7 +396,7 @@ def __call__(self:_Rehearsal):
         self.fm.after_pred()
         loss = learn.loss_func(cast(learn.pred, Tensor).float(), *learn.yb)
     if self.params: torch.autograd.grad(loss, self.params, allow_unused=True)
-    self.loss,self.mask_rate = loss.item(),self.fm._recorder.history.mask_rate.iloc[-1]
+    self.loss,self.mask_rate = loss.item(),self.fm.history.mask_rate.iloc[-1]
 
 # %% ../nbs/09_check.ipynb #1b82a86d
 def _stopped(name, e): return Finding(name, f'stops with {type(e).__name__}', 'problem', str(e) or "The exception has no message.")
@@ -434,8 +431,8 @@ def _workers(dl): return getattr(getattr(dl, 'fake_l', dl), 'num_workers', 0) or
 
 def _loaded(fm, images=200, seconds=1., most=10.):
     "Unlabelled batches of about `images`, and the seconds for each; `None` for `seconds`: don't measure"
-    skip,batches,ends,n = max(1, _workers(fm._unlabeled_dl)),[],[],0
-    stream,start = endless(fm._unlabeled_dl, fm.dls, alone=True),time.perf_counter()
+    skip,batches,ends,n = max(1, _workers(fm.unlabeled_dl)),[],[],0
+    stream,start = endless(fm.unlabeled_dl, fm.dls, alone=True),time.perf_counter()
     try:
         for batch in stream:
             ends.append(time.perf_counter()-start)
@@ -470,7 +467,7 @@ def _timed(step, device, seconds=1., most=10):
     return float(np.median(times[1:] or times))
 
 def _check_speed(fm, m, load_s, x_s, step_s, device, n_epoch):
-    workers,steps = _workers(fm._unlabeled_dl),_len(fm.dls.train)
+    workers,steps = _workers(fm.unlabeled_dl),_len(fm.dls.train)
     who = 'they take turns' if workers == 0 else 'the model waits' if load_s > step_s else 'the loader waits'
     slow = load_s > (.5 if workers == 0 else 1.1)*step_s
     findings = [_judged('speed', f'{m/load_s:,.0f} unlabelled images/s from the loader with {workers} workers, {m/step_s:,.0f} through the model: {who}',
@@ -487,10 +484,10 @@ def _check_batches(fm, model, device, n_epoch, speed):
     "What can only be known from batches: channels, outputs, step, memory, speed"
     name,loaders = 'labelled batch',dict(labelled=fm.dls.train, validation=_valid(fm))
     try:
-        sets = {k: _labeled(_own(dl)) for k,dl in loaders.items() if dl is not None and _len(dl) != 0}
+        sets = {k: _labeled(unwrap_dl(dl)) for k,dl in loaders.items() if dl is not None and _len(dl) != 0}
         name = 'unlabelled batch'
         batches,load_s = _loaded(fm, seconds=1. if speed else None)
-        weak = fm._finish(to_device(torch.cat([unpack(b)[0] for b in batches]), device))
+        weak = finished(to_device(torch.cat([unpack(b)[0] for b in batches]), device), fm.dls)
     except Exception as e: return [_stopped(name, e)]
     x = {k: cast(torch.cat([o[0] for o in b]), Tensor) for k,(b,_) in sets.items() if b and isinstance(b[0][0], Tensor) and len({o[0].shape[1:] for o in b}) == 1}
     findings = [_check_channels({k: o.to(device) for k,o in x.items()}, weak)]
@@ -510,8 +507,8 @@ def _fix_match(learn):
     fms = learn._grab_cbs(FixMatch)
     if len(fms) != 1: raise ValueError("This learner has no FixMatch callback to check: add one with `learn.add_cb(FixMatch(unlabeled_dl))`." if not fms else
                                        "There are two FixMatch callbacks: take one off with `learn.remove_cb`.")
-    if fms[0]._unlabeled_dl is None: raise ValueError("This learner was loaded without its unlabelled images: give it new ones with `learn.remove_cb(FixMatch)` and `learn.add_cb(FixMatch(unlabeled_dl))`.")
-    if hasattr(fms[0]._unlabeled_dl, '__next__'): raise TypeError("The unlabelled loader is an iterator, which looking at it would use up: give FixMatch a loader that can begin anew.")
+    if fms[0].unlabeled_dl is None: raise ValueError("This learner was loaded without its unlabelled images: give it new ones with `learn.remove_cb(FixMatch)` and `learn.add_cb(FixMatch(unlabeled_dl))`.")
+    if hasattr(fms[0].unlabeled_dl, '__next__'): raise TypeError("The unlabelled loader is an iterator, which looking at it would use up: give FixMatch a loader that can begin anew.")
     return fms[0]
 
 def _unknown(part, e):
@@ -529,7 +526,7 @@ def fixmatch_check(
     "Look for what is wrong with a learner before it is trained, and print it"
     fm = _fix_match(learn)
     model,device = learn.model.module if isinstance(learn.model, DistributedDataParallel) else learn.model,torch.device(getattr(learn.dls, 'device', None) or next((p.device for p in learn.model.parameters()), default_device()))
-    with _loaders_as_they_were([*learn.dls.loaders, fm._unlabeled_dl]), _model_as_it_was(model, device):
+    with _loaders_as_they_were([*learn.dls.loaders, fm.unlabeled_dl]), _model_as_it_was(model, device):
         findings,seen = [],{}
         for part,args in ((_check_labels,()), (_check_epoch,()), (_check_pool,()), (_check_images,(n,seen)), (_check_views,()), (_check_batches,(model,device,n_epoch,speed))):
             try: findings += part(fm, *args)
@@ -542,7 +539,7 @@ def fixmatch_check(
 # %% ../nbs/09_check.ipynb #3f7571fb
 def _shared_paths(fm, most=5_000):
     "How many unlabelled images at most `most` of each set show to be validation images too, and one of them"
-    pool,valid = (_images(_dataset(o)) for o in (fm._unlabeled_dl, _valid(fm)))
+    pool,valid = (_images(_dataset(o)) for o in (fm.unlabeled_dl, _valid(fm)))
     if pool is None or valid is None: return 0,None
     items = [[] if hasattr(o.items, 'iloc') else [o.items[i] for i in _some(len(o), most)] for o in (pool,valid)]
     if not all(o and isinstance(o[0], (str,Path)) for o in items): return 0,None
@@ -570,7 +567,7 @@ def _few_on_pretrained(fm, most=25):
 
 def quick_check(fm:FixMatch):
     "Warn of classes without labelled image, of validation images in the pool, and of a pretrained network with few labels and no teacher; `FixMatch` calls it before its first step"
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0: return
+    if processes()[0] != 0: return
     if few := _few_on_pretrained(fm):
         warnings.warn(f"The network is pretrained and has {few} labelled images: there FixMatch as in the paper, which labels the pool with a head that has learned little, usually does worse than the labels alone. "
                       "Use `learn.fine_tune_fixmatch(unlabeled_dl)`, or `FixMatch(unlabeled_dl, teacher=ModelEMA(half_life=40), warmup=0.4)` after `probe_head(learn)`.", stacklevel=2)
@@ -579,4 +576,4 @@ def quick_check(fm:FixMatch):
     n,such = _shared_paths(fm)
     if n: warnings.warn(f"There are validation images among the unlabelled ones, at least {n:,}, such as {such}: leave them out of the pool, or validation will say too much. `fixmatch_check(learn)` looks at more.", stacklevel=2)
 
-FixMatch._preflight = quick_check
+FixMatch.preflight = quick_check

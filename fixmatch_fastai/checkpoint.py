@@ -10,7 +10,6 @@ import json,os,random,re,warnings,zipfile,zlib
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from . import __version__
-from .callback import FixMatch, endless
+from .callback import FixMatch
+from .core import processes
 from .ema import ModelEMA
 
 # %% ../nbs/08_checkpoint.ipynb #540111d1
@@ -146,34 +146,22 @@ def _set_record_state(learn, o):
     learn.final_record = rec.values[-1] if rec.values else L()
 
 def _fixmatch_state(fm):
-    fm._recorder._fetch() # what is still on the device
-    place = getattr(fm._unlabeled_dl, 'place', None)
-    return dict(policy=fm.policy.state_dict(), n_classes=fm._set_for and fm._set_for[2], steps=fm._recorder._steps, trouble=fm._recorder.trouble, place=place,
-                classes=[*fm._recorder._classes], said=fm._recorder._said, n_said=fm._recorder._n_said)
-
-def _load_memory(fm, policy, o):
-    "Give `policy`, which is that of `fm` or a copy, the memory it had; returns for what it is then set up"
-    is_set_up = o['n_classes'] is not None # not so in a warm-up, and then the first unlabelled batch makes a memory anew
-    policy.load_state_dict(o['policy'], strict=is_set_up)
-    return fm._set_up(policy, o['n_classes']) if is_set_up else None
+    place = getattr(fm.unlabeled_dl, 'place', None)
+    return dict(policy=fm.policy.state_dict(), n_classes=fm.n_classes, place=place, **fm.learn.semi_recorder.snapshot())
 
 def _set_fixmatch_state(fm, o):
-    fm._set_for = _load_memory(fm, fm.policy, o)
-    rec = fm._recorder
-    rec._rows,rec._steps,rec._fresh,rec.trouble = [],o['steps'].numpy(),False,o['trouble']
-    rec._classes,rec._said,rec._n_said = o.get('classes', []),o.get('said'),o.get('n_said', 0)
+    fm.load_policy(o['policy'], o['n_classes'])
+    fm.learn.semi_recorder.restore(o)
 
 # %% ../nbs/08_checkpoint.ipynb #17265886
 def _start_stream(fm, o):
     "Bring the unlabelled stream to where a checkpoint's was"
-    if o['place'] is None or not len(o['steps']) or not hasattr(fm._unlabeled_dl, 'start_at'): return
+    if o['place'] is None or not len(o['steps']) or not hasattr(fm.unlabeled_dl, 'start_at'): return
     seed,drawn = o['place']
-    world = torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
-    last = int(o['steps'][-1,6])*world # images in the last batch
+    last = int(o['steps'][-1,6])*processes()[1] # images in the last batch
     if not last: return # a place is that of an earlier fit
-    fm._unlabeled_dl.start_at((seed,drawn-last))
-    fm._stream = endless(fm._unlabeled_dl, fm.learn.dls)
-    next(fm._stream)
+    fm.unlabeled_dl.start_at((seed,drawn-last))
+    fm.next_batch()
 
 # %% ../nbs/08_checkpoint.ipynb #0a9bf061
 def _items(dl):
@@ -197,7 +185,7 @@ def _batch_size(dl): return getattr(dl, 'bs', None) or getattr(dl, 'batch_size',
 
 def _described(o): return re.sub(r'\s+', ' ', re.sub(r' at 0x\w+', '', repr(o))) # without addresses, which are others in each process
 
-def _loaders(learn): return learn.dls.train,next((fm._unlabeled_dl for fm in learn._grab_cbs(FixMatch)), None)
+def _loaders(learn): return learn.dls.train,next((fm.unlabeled_dl for fm in learn._grab_cbs(FixMatch)), None)
 
 def _data_setting(learn):
     train,pool = _loaders(learn)
@@ -223,7 +211,7 @@ def _training_setting(learn):
             'weights that are trained': sum(p.numel() for p in net.parameters() if p.requires_grad), 'parameters in each group': [len(o) for o in opt.param_lists],
             'optimizer': [getattr(getattr(o, 'func', o), '__name__', type(o).__name__) for o in steps],
             **{f'schedule of {k}': _quarters(f) for k,f in scheds.items()}, **{k: [h.get(k) for h in opt.hypers] for k in ('lr','wd')},
-            'policy': [_described(fm.policy) for fm in fms], 'lambda_u': [_quarters(fm._lambda_u) for fm in fms], **_teacher_setting(fms),
+            'policy': [_described(fm.policy) for fm in fms], 'lambda_u': [_quarters(fm.lambda_u) for fm in fms], **_teacher_setting(fms),
             'decay of the average': [cb.decay for _,cb in own if isinstance(cb, ModelEMA)], 'callbacks with a state': [n for n,cb in own if _has_state_dict(cb)]}
 
 def _setting(learn):
@@ -243,7 +231,7 @@ def _check_same(name, saved, own):
 
 def _check_memory(name, fm, o):
     "Would the policy take this memory?"
-    try: _load_memory(fm, deepcopy(fm.policy), o)
+    try: fm.load_policy(o['policy'], o['n_classes'], trial=True)
     except (RuntimeError,ValueError) as e: raise ValueError(f"{name} holds another policy's memory: use the policy of that run, or give another `fname`. {e}") from e
 
 # %% ../nbs/08_checkpoint.ipynb #6f067dc2
@@ -385,7 +373,7 @@ def _resume(self:SaveFixMatch, o):
     _set_cbs_state(learn, o['cbs']) # ModelEMA knows better than the model which weights it has to hold
     for fm in fms:
         _set_fixmatch_state(fm, o['fixmatch']) # its policy is set up for the teacher's network, which is a new one now
-        fm._checked = fm._unlabeled_dl # a preflight would draw random numbers
+        fm.checked = fm.unlabeled_dl # a preflight would draw random numbers
     _set_opt_state(learn.opt, o['opt'])
     if getattr(learn, 'scaler', None) and o['scaler'] and learn.scaler.state_dict(): learn.scaler.load_state_dict(o['scaler'])
     _set_record_state(learn, o['record'])

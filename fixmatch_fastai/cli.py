@@ -349,7 +349,7 @@ def _stop_at_problems(learn):
 
 def _listed(found, learn, most=20):
     "The files that are not well, a line for each"
-    items = learn.fix_match._unlabeled_dl.dataset.items
+    items = learn.fix_match.unlabeled_dl.dataset.items
     same = [] if found.overlap is None or not len(found.overlap) else [items[i] for i in found.overlap.pool[found.overlap.how == 'same']]
     bad = [] if found.damaged is None else list(found.damaged['item'])
     more = lambda o: f'\n  and {len(o)-most:,} more' if len(o) > most else ''
@@ -398,7 +398,7 @@ class Training:
         if s.recipe == 'finetune':
             set_seed(s.seed) # the twin learns the probe's answers from the same draws
             cbs = cbs + [_LabelsAlone()]*(learn is self.twin)
-            learn.fine_tune_fixmatch(learn.fix_match._unlabeled_dl, n_steps=self.epochs*s.steps, base_lr=self.lr, policy=s.policy,
+            learn.fine_tune_fixmatch(learn.fix_match.unlabeled_dl, n_steps=self.epochs*s.steps, base_lr=self.lr, policy=s.policy,
                                      n_epoch=self.epochs, cbs=cbs)
         elif s.pretrained: learn.fine_tune(self.epochs, self.lr, cbs=cbs)
         else: learn.fit_one_cycle(self.epochs, self.lr, cbs=cbs)
@@ -840,7 +840,7 @@ class Comparison:
 @patch
 def report(self:Comparison)->str:
     "What was trained, and how the two compare"
-    n_pool,sec = len(self.twin.learn.fix_match._unlabeled_dl.dataset),self.twin.runs.groupby('method').seconds.mean()
+    n_pool,sec = len(self.twin.learn.fix_match.unlabeled_dl.dataset),self.twin.runs.groupby('method').seconds.mean()
     return '\n'.join([f'{self.n_labels} labels, {n_pool-self.n_labels} more images without, {self.steps} steps, threshold {self.threshold}', '', self.twin.report(),
                       f'{"seconds":<12}{sec["supervised"]:6.1f} supervised, {sec["FixMatch"]:.1f} FixMatch'])
 

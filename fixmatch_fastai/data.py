@@ -24,6 +24,7 @@ from fastcore.xtras import truncstr
 from PIL import Image
 
 from .augment import FixMatchTransform, to_plain_mode, uint8_tensor, weak_augment
+from .core import item_at, processes, unwrap_dl
 
 # %% ../nbs/01_data.ipynb #568cb7e3
 def digits_path(
@@ -136,8 +137,6 @@ def _as_pil(o):
     raise TypeError(f"An unlabelled image must be a PIL image, or uint8 as an array (H, W, C) or a tensor (C, H, W), but the DataLoaders opened a {type(o).__name__}.")
 
 # %% ../nbs/01_data.ipynb #6c1f4e36
-def _own(dl): return vars(dl).get('dl', dl) # fastai's `DistributedDL` wraps a loader in training on several processes
-
 def _pil_tfms(valid): return [t for t in valid.after_item.fs if not isinstance(t, ToTensor)]
 
 def _model_size(valid, item, device):
@@ -174,7 +173,7 @@ class _Cache:
 # %% ../nbs/01_data.ipynb #297a3bde
 def _several_labels(dls):
     "Have the images of `dls` several labels each, as with a `MultiCategoryBlock`?"
-    return any(isinstance(f, (MultiCategorize,EncodedMultiCategorize)) for tl in getattr(_own(dls.valid).dataset, 'tls', ())[1:] for f in tl.tfms.fs)
+    return any(isinstance(f, (MultiCategorize,EncodedMultiCategorize)) for tl in getattr(unwrap_dl(dls.valid).dataset, 'tls', ())[1:] for f in tl.tfms.fs)
 
 class UnlabeledViews:
     "Image `i` of a dataset as `(weak, strong, i)`, or as `((weak, strong), y, i)` where a `label_func` tells the truth"
@@ -191,7 +190,7 @@ class UnlabeledViews:
         self._follow(dls)
 
     def _follow(self, dls):
-        valid = _own(dls.valid)
+        valid = unwrap_dl(dls.valid)
         self.item_tfms,self.size = _pil_tfms(valid),None
         _,item,_ = self.first_readable(range(len(self)), self._item)
         self.size = _model_size(valid, item, dls.device)
@@ -215,7 +214,7 @@ class UnlabeledViews:
 
     def label(self, i):
         "Class number of image `i`, or, for several labels, 0 or 1 of each class, int64 (C,); -1 where it is unknown"
-        y = self.label_func(self.items.iloc[i] if hasattr(self.items, 'iloc') else self.items[i])
+        y = self.label_func(item_at(self.items, i))
         if self.several: return self._each(y)
         return self.o2i.get(y, -1) if self.o2i else -1 if y is None else int(y)
 
@@ -301,10 +300,6 @@ class _EndlessBatches:
             together = list(itertools.islice(idxs, self.bs*self.world))
             yield together[self.rank*self.bs:(self.rank+1)*self.bs]
 
-def _processes():
-    "`(rank, number)` of the processes that train together"
-    return (dist.get_rank(),dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0,1)
-
 def _shared(seed):
     "The first process's `seed`, in all"
     seed = torch.tensor(seed, device='cuda' if dist.get_backend() == 'nccl' else 'cpu')
@@ -358,7 +353,7 @@ class UnlabeledDL(TfmdDL):
     def damaged(self)->pd.DataFrame: # `item` and `error`, by place in the pool
         "Images that streams could not open, and replaced by others"
         items = self.dataset.items
-        rows = [(items.iloc[i] if hasattr(items, 'iloc') else items[i], e) for i,e in sorted(self._damaged.items())]
+        rows = [(item_at(items, i), e) for i,e in sorted(self._damaged.items())]
         return pd.DataFrame(rows, index=pd.Index(sorted(self._damaged), name='idx'), columns=['item','error'])
 
     @property
@@ -383,7 +378,7 @@ def stream(self:UnlabeledDL,
     if isinstance(getattr(dls, 'valid', None), TfmdDL):
         views = views.following(dls)
         if self.mu is not None: bs = self.mu*dls.train.bs
-    rank,world = (0,1) if alone else _processes()
+    rank,world = (0,1) if alone else processes()
     seed,opts = random.getrandbits(32),{}
     if world > 1:
         seed = _shared(seed)

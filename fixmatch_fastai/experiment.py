@@ -47,6 +47,7 @@ from . import check # noqa: F401  its quick part runs before the first step
 from .augment import FixMatchBatchTransform, FixMatchTransform, strong_augment, weak_augment
 from .callback import FixMatch
 from .checkpoint import SaveFixMatch, _AroundEpochs, _replacing
+from .core import first_line
 from .data import WeakTransform, digits_path, split_labeled
 from .ema import ModelEMA
 from .interpret import PseudoLabelInterpretation
@@ -269,7 +270,7 @@ def _read_yaml(file):
     from omegaconf import OmegaConf
     if not Path(file).is_file(): raise CommandError(f"--config {file} is not there: give a YAML file.")
     try: conf = OmegaConf.load(file)
-    except Exception as e: raise CommandError(f"--config {file} can't be read as YAML ({type(e).__name__}: {str(e).splitlines()[0]}): mend it, `fixmatch_experiment --print` shows how one looks.") from e
+    except Exception as e: raise CommandError(f"--config {file} can't be read as YAML ({type(e).__name__}: {first_line(e)}): mend it, `fixmatch_experiment --print` shows how one looks.") from e
     if not OmegaConf.is_dict(conf): raise CommandError(f"--config {file} must hold names and values, as `fixmatch_experiment --print` shows them.")
     return conf
 
@@ -282,7 +283,7 @@ def _merged(conf, part, where):
         return OmegaConf.merge(conf, part)
     except (OmegaConfBaseException,TypeError) as e:
         key = getattr(e, 'full_key', None) or next(iter(given), '')
-        raise CommandError(f"{where}{key} can't have this value: {str(e).splitlines()[0]}.") from e
+        raise CommandError(f"{where}{key} can't have this value: {first_line(e)}.") from e
 
 # %% ../nbs/12_experiment.ipynb #4f4e0b98
 def read_config(
@@ -899,9 +900,9 @@ def _learner_params(learn):
                  callbacks=' '.join(cb.name for cb in learn.cbs))
     for cb in learn._grab_cbs(ModelEMA): found['ema_decay'] = cb.decay
     if fm is None: return found
-    pool = getattr(fm._unlabeled_dl, 'dataset', None)
-    lambda_u = fm._lambda_u if isinstance(fm._lambda_u, (int,float)) else 'schedule'
-    return {**found, **{'fixmatch.policy': re.sub(r'\s+', ' ', repr(fm.policy)), 'fixmatch.lambda_u': lambda_u, 'fixmatch.forward': fm._forward, 'fixmatch.mu': getattr(fm._unlabeled_dl, 'mu', None),
+    pool = getattr(fm.unlabeled_dl, 'dataset', None)
+    lambda_u = fm.lambda_u if isinstance(fm.lambda_u, (int,float)) else 'schedule'
+    return {**found, **{'fixmatch.policy': re.sub(r'\s+', ' ', repr(fm.policy)), 'fixmatch.lambda_u': lambda_u, 'fixmatch.forward': fm.forward_mode, 'fixmatch.mu': getattr(fm.unlabeled_dl, 'mu', None),
                         'fixmatch.unlabeled_images': len(pool) if hasattr(pool, '__len__') else None}}
 
 @patch

@@ -22,10 +22,13 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from .augment import to_plain_mode, uint8_tensor
-from .callback import FixMatch, finished, from_border, unpack
+from .batch import unpack
+from .callback import FixMatch
+from .core import finished, item_at
 from .data import UnlabeledDL
 from .policy import SemiBatch
 from .record import SemiRecorder, _fitted, _legend_below, _show
+from .show import from_border
 from .uncertainty import _as, _evaluate, one_minus_margin, penultimate
 
 # %% ../nbs/10_interpret.ipynb #17497cde
@@ -94,7 +97,7 @@ class PseudoLabelInterpretation:
     ):
         "Run the model over the pool once"
         fm = next(iter(learn._grab_cbs(FixMatch)), None)
-        dl = unlabeled_dl if unlabeled_dl is not None else fm and fm._unlabeled_dl
+        dl = unlabeled_dl if unlabeled_dl is not None else fm and fm.unlabeled_dl
         if dl is None: raise ValueError("There are no unlabelled images to look at: give `unlabeled_dl`, made with `learn.dls.unlabeled_dl(files)`.")
         if fm is not None and policy is None: return cls._look(learn, dl, fm)
         with learn.removed_cbs([fm] if fm is not None else []), learn.added_cbs(FixMatch(dl, policy=policy)): return cls._look(learn, dl, learn.fix_match)
@@ -110,7 +113,7 @@ class PseudoLabelInterpretation:
             if len(x) == 0: continue
             x = finished(to_device(x, device), learn.dls)
             logits = _evaluate(learn.model, x, None)
-            idxs_known = idxs.to(device) if dl is fm._unlabeled_dl else torch.zeros_like(idxs, device=device) # of other pools a policy has no notes
+            idxs_known = idxs.to(device) if dl is fm.unlabeled_dl else torch.zeros_like(idxs, device=device) # of other pools a policy has no notes
             targets,weights = fm.decide(known._replace(weak=x, idxs=idxs_known, logits_weak=logits))
             if targets.ndim == 2: targets = targets.argmax(1)
             found.append([o.cpu() for o in (logits.softmax(1), targets, weights, torch.full((len(x),), -1) if truth is None else truth, idxs)])
@@ -161,7 +164,7 @@ def items(self:PseudoLabelInterpretation, rows=None)->list:
     pool,idxs = _items(self.dl),(self.idxs if rows is None else self.idxs[rows]).tolist()
     def of(i):
         if i < 0: return None
-        o = i if pool is None else pool.iloc[i] if hasattr(pool, 'iloc') else pool[i]
+        o = i if pool is None else item_at(pool, i)
         return o if isinstance(o, (str,Path)) else i
     return [of(i) for i in idxs]
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
@@ -22,7 +21,9 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_basics import Tensor, cast, get_model, nn, norm_bias_params, patch, to_device, trainable_params
 from torch.amp import GradScaler
 
-from .callback import FixMatch, OneCallLoss, evaluating, _check_loader, _said, _tells_truth, own_loss
+from .batch import check_loader, tells_truth
+from .callback import FixMatch, OneCallLoss, own_loss
+from .core import describe, evaluating, processes
 from .policy import UDA, SemiBatch
 from .record import SemiRecorder
 
@@ -93,8 +94,8 @@ class MetaPseudoLabels(Callback):
     "Trains the Learner's model as the student of a teacher that learns from the student's progress on the labels ([Meta Pseudo Labels](https://arxiv.org/abs/2003.10580), section 2)"
     # after MixUp and CutMix (0), which are refused; before MixedPrecision (10), whose `before_step` may cancel the step, as FixMatch
     order,run_valid = FixMatch.order,False
-    _stateattrs = ('teacher','_unlabeled_dl','_stream','_pending','_lesson','_before','_opt','_scaler','_before_lr_find')
-    teacher = _unlabeled_dl = _stream = _pending = _lesson = _before = _opt = _scaler = _before_lr_find = _learn = None
+    _stateattrs = ('teacher','unlabeled_dl','stream','_pending','_lesson','_before','_opt','_scaler','_before_lr_find')
+    teacher = unlabeled_dl = stream = _pending = _lesson = _before = _opt = _scaler = _before_lr_find = _learn = None
 
     def __init__(self,
         teacher:nn.Module,           # Takes the student's images, and returns as many logits; trained in place
@@ -109,12 +110,12 @@ class MetaPseudoLabels(Callback):
         wd:float=None                # The teacher's weight decay; default: the student's
     ):
         if not isinstance(teacher, nn.Module): raise TypeError(f"`teacher` must be a model, but is a {type(teacher).__name__}: of a Learner give `learn.model`.")
-        _check_loader(unlabeled_dl)
+        check_loader(unlabeled_dl)
         if not 0 <= decay < 1: raise ValueError(f"`decay` must be 0 or more and below 1, but got {decay}.")
         if not 0 <= label_smoothing < 1: raise ValueError(f"`label_smoothing` must be 0 or more and below 1, but got {label_smoothing}.")
         self._lambda_u = _check_number('lambda_u', lambda_u, 0, float('inf'), 'the weight of the UDA loss, 0 or more')
         self._own_hypers = dict(lr=lr if lr is None else _check_number('lr', lr, 0, float('inf'), 'a learning rate, 0 or more'), wd=wd)
-        self.teacher,self._unlabeled_dl,self._uda,self._decay,self._smoothing,self._opt_func = teacher,unlabeled_dl,UDA(threshold, T),decay,label_smoothing,opt_func
+        self.teacher,self.unlabeled_dl,self._uda,self._decay,self._smoothing,self._opt_func = teacher,unlabeled_dl,UDA(threshold, T),decay,label_smoothing,opt_func
         self._recorder,self._baseline = TeacherRecorder(),torch.zeros(())
 
     @property
@@ -138,16 +139,16 @@ def _labeled(self:MetaPseudoLabels)->tuple: # Images (B, channels, H, W) and cla
         raise ValueError(f"MetaPseudoLabels trains models with one input and one target, but this batch has {len(self.xb)} and {len(self.yb)}.")
     x,y = self.xb[0],self.yb[0]
     if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point():
-        raise ValueError(f"MetaPseudoLabels needs one class number for each image, but the target is {_said(y)}: use a CategoryBlock, and a model with one logit for each class.")
-    if not isinstance(x, Tensor) or not x.is_floating_point(): raise ValueError(f"Labelled images must be float tensors, but are {_said(x)}: normalise them in the data set's transform, or add `IntToFloatTensor` to the batch transforms.")
+        raise ValueError(f"MetaPseudoLabels needs one class number for each image, but the target is {describe(y)}: use a CategoryBlock, and a model with one logit for each class.")
+    if not isinstance(x, Tensor) or not x.is_floating_point(): raise ValueError(f"Labelled images must be float tensors, but are {describe(x)}: normalise them in the data set's transform, or add `IntToFloatTensor` to the batch transforms.")
     return cast(x, Tensor),cast(y, Tensor)
 
-MetaPseudoLabels._next_batch,MetaPseudoLabels._views = FixMatch._next_batch,FixMatch._views # of the same stream, with the same care for interrupts
+MetaPseudoLabels.next_batch,MetaPseudoLabels.next_views = FixMatch.next_batch,FixMatch.next_views # of the same stream, with the same care for interrupts
 
 @patch
 def before_batch(self:MetaPseudoLabels):
     x,y = self._labeled()
-    weak,strong,truth,_ = self._views(x)
+    weak,strong,truth,_ = self.next_views(x)
     if truth is not None and truth.ndim > 1: truth = None # of several labels
     self._pending,self._lesson,self._before = _Step(len(x), weak, strong, truth),None,None
     self.learn.xb = (torch.cat([x, strong]),)
@@ -156,7 +157,7 @@ def before_batch(self:MetaPseudoLabels):
 def _logits(pred, n, who):
     "What the model `who` returned for `n` images, as float32"
     if not isinstance(pred, Tensor) or pred.ndim != 2 or len(pred) != n or pred.shape[1] < 2:
-        raise ValueError(f"MetaPseudoLabels needs one row of logits for each image and one column for each class, but the {who} returns {_said(pred)} for {n} images: end it in a linear layer with two or more outputs.")
+        raise ValueError(f"MetaPseudoLabels needs one row of logits for each image and one column for each class, but the {who} returns {describe(pred)} for {n} images: end it in a linear layer with two or more outputs.")
     return cast(pred, Tensor).float()
 
 @patch
@@ -293,8 +294,8 @@ def load_state_dict(self:MetaPseudoLabels,
 def _clean_up(self:MetaPseudoLabels):
     "Close the stream, put the user's loss back, and undo what `lr_find` did"
     self._put_back()
-    if self._stream is not None: self._stream.close()
-    self._stream = self._scaler = None
+    if self.stream is not None: self.stream.close()
+    self.stream = self._scaler = None
     before,self._before_lr_find = self._before_lr_find,None
     if before is not None: self.load_state_dict(before)
 
@@ -321,7 +322,7 @@ def before_fit(self:MetaPseudoLabels):
     self._clean_up()
     if not self.create_mbar: return self._recorder.start() # in `validate` and `get_preds`
     self._check_setting() # here, as MixUp swaps the loss in `before_train`
-    self._recorder.start(['teacher_loss','signal'] + ['pseudo_acc']*_tells_truth(self._unlabeled_dl))
+    self._recorder.start(['teacher_loss','signal'] + ['pseudo_acc']*tells_truth(self.unlabeled_dl))
 
 @patch
 def before_train(self:MetaPseudoLabels):
@@ -334,14 +335,14 @@ def before_train(self:MetaPseudoLabels):
 @patch
 def _check_setting(self:MetaPseudoLabels):
     "A ValueError where this Learner can't train a student and its teacher"
-    if self.teacher is None or self._unlabeled_dl is None:
+    if self.teacher is None or self.unlabeled_dl is None:
         raise ValueError("This learner was loaded without the teacher and the unlabelled images: give it new ones with `learn.remove_cb(MetaPseudoLabels)` and `learn.add_cb(MetaPseudoLabels(teacher, unlabeled_dl))`, or take the callback off to train on labels.")
     if any(p is q for p in self.teacher.parameters() for q in get_model(self.model).parameters()): raise ValueError("The teacher and the student share weights: give the teacher a model of its own, for example `deepcopy(learn.model)`.")
     for cls,why in ((MixHandler,"blends the labelled images on which the student is tried: take it off, the strong views are noise enough"), (GradientAccumulation,"leaves steps out, and the teacher needs one for each batch: use a larger `bs`"),
                     (FixMatch,"trains the student in another way: take one of the two off")):
         for cb in self.learn._grab_cbs(cls): raise ValueError(f"MetaPseudoLabels does not go with {type(cb).__name__}, which {why}.")
     if len(self.learn._grab_cbs(MetaPseudoLabels)) > 1: raise ValueError("There are two MetaPseudoLabels callbacks: take one off with `learn.remove_cb`.")
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1: raise ValueError("MetaPseudoLabels trains in one process, but there are several: start the training without `distrib_ctx`.")
+    if processes()[1] > 1: raise ValueError("MetaPseudoLabels trains in one process, but there are several: start the training without `distrib_ctx`.")
     train = self.dls.train
     if hasattr(train, '__len__') and len(train) == 0:
         raise ValueError(f"There are fewer labelled images ({len(train.dataset)}) than the batch size, so an epoch has no step: use `dls.repeat_train(100)` for epochs of 100 full batches, or a smaller `bs`.")

@@ -21,7 +21,9 @@ from fastai.torch_basics import L, Tensor, cast, get_model, patch, to_device
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .callback import FixMatch, evaluating
+from . import show # noqa: F401  `FixMatch.peek`
+from .callback import FixMatch
+from .core import evaluating, unwrap_dl
 from .ema import ModelEMA
 from .policy import AlignedLabels, sum_rows
 
@@ -68,7 +70,7 @@ def _parts(learn):
 # %% ../nbs/07_recipe.ipynb #1616e9dd
 def _labeled_once(dls):
     "The labelled images, each once, as in validation where that can be"
-    train = getattr(dls.train, 'dl', dls.train) if not isinstance(dls.train, TfmdDL) else dls.train
+    train = dls.train if isinstance(dls.train, TfmdDL) else unwrap_dl(dls.train)
     items = getattr(getattr(train, 'dataset', None), 'items', None)
     if isinstance(train, TfmdDL) and items is not None and hasattr(dls, 'test_dl') and len(dls.loaders) > 1: return dls.test_dl(items, with_labels=True, num_workers=0)
     return train.new(shuffle=False, drop_last=False) if isinstance(train, TfmdDL) else train

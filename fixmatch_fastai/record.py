@@ -18,6 +18,7 @@ from fastai.learner import Recorder
 from fastcore.xtras import truncstr
 from matplotlib.transforms import offset_copy
 
+from .core import processes
 from .policy import PseudoLabels
 
 # %% ../nbs/05_record.ipynb #cf41a30a
@@ -146,7 +147,7 @@ class SemiRecorder(Callback):
 
     def _together(self, values, op=None):
         "`values` summed (or reduced with `op`) over all processes"
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1): return values
+        if processes()[1] == 1: return values
         values = torch.tensor(values, dtype=torch.float32, device=self.dls.device)
         dist.all_reduce(values, dist.ReduceOp.SUM if op is None else op)
         return values.tolist()
@@ -171,7 +172,7 @@ class SemiRecorder(Callback):
         text = _warnings[kind]
         if kind == 'one_class' and top < 0: text,name = _one_set,{0: 'no class', 1: 'the same class'}.get(-1-top, f'the same {-1-top} classes')
         self.trouble = {**self.trouble, kind: text.format(step=step, window=window, name=name)}
-        if not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0: warnings.warn(self.trouble[kind], stacklevel=2)
+        if processes()[0] == 0: warnings.warn(self.trouble[kind], stacklevel=2)
 
     def before_train(self):
         self._fetch() # what a cancelled epoch left
@@ -198,6 +199,16 @@ class SemiRecorder(Callback):
         if self.create_mbar: return
         recorder = self.learn.recorder
         recorder.values[-1] = recorder.values[-1] + [float('nan')]*(len(recorder.metric_names)-1-len(recorder.values[-1])) # what `validate` returns stays short
+
+    def snapshot(self)->dict:
+        "What the steps of the last fit left, for `restore`"
+        self._fetch()
+        return dict(steps=self._steps, trouble=self.trouble, classes=[*self._classes], said=self._said, n_said=self._n_said)
+
+    def restore(self, o:dict):
+        "Go on where `snapshot` was taken"
+        self._rows,self._steps,self._fresh,self.trouble = [],np.asarray(o['steps']),False,o['trouble']
+        self._classes,self._said,self._n_said = o.get('classes', []),o.get('said'),o.get('n_said', 0)
 
     @property
     def by_class(self)->dict: # `step`: where spans end (S,); `said`: pseudo-labels of each class (S, C); `share`: of these, how many count (S, C), NaN where none were said; `threshold` (S, C), if the policy tells

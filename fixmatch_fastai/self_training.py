@@ -28,9 +28,10 @@ from fastprogress.fastprogress import progress_bar
 from PIL import Image
 from scipy import stats
 
-from .callback import FixMatch, finished
+from .callback import FixMatch
 from .check import _loaders_as_they_were
 from .checkpoint import _replacing
+from .core import finished, item_at
 from .data import WeakTransform
 from .recipe import probe
 from .uncertainty import _evaluate, add_dropout
@@ -86,8 +87,6 @@ def _vocab(dls, loss_func=None):
     return vocab
 
 def _name(item, i): return str(item) if isinstance(item, (str,Path)) else i
-
-def _at(items, i): return items.iloc[i] if hasattr(items, 'iloc') else items[i]
 
 def _part(items, start): return items.iloc[start:] if hasattr(items, 'iloc') else items[start:]
 
@@ -220,7 +219,7 @@ def _warn_of_table(df, rows, damaged, items, threshold):
     if len(left_out):
         i = next(iter(damaged), left_out[0].item())
         why = damaged.get(i, 'found by an earlier call')
-        warnings.warn(f"{len(left_out):,} of {len(rows):,} images can't be opened and are left out, such as {_name(_at(items, i), i)} ({why}).", stacklevel=3)
+        warnings.warn(f"{len(left_out):,} of {len(rows):,} images can't be opened and are left out, such as {_name(item_at(items, i), i)} ({why}).", stacklevel=3)
     if len(df) == 0 and len(left_out) < len(rows): warnings.warn(f"No pseudo-label is kept: the largest confidence is {rows['confidence'].max():.3f}" + (f", and `threshold` is {threshold}." if threshold else "."), stacklevel=3)
 
 # %% ../nbs/11_self_training.ipynb #39db56c0
@@ -452,7 +451,7 @@ def _source(ds, item):
         if isinstance(item, (np.ndarray,Tensor,Image.Image)): return hashlib.blake2b(np.ascontiguousarray(np.asarray(item)).tobytes(), digest_size=16).digest()
     return None
 
-def _sources(ds): return {_source(ds, _at(ds.items, i)) for i in range(len(ds.items))} - {None}
+def _sources(ds): return {_source(ds, item_at(ds.items, i)) for i in range(len(ds.items))} - {None}
 
 def _items_of(table, items):
     "Images that the rows of a table name"
@@ -466,7 +465,7 @@ def _news(table, dls, labeled=True, items=None):
     "Rows, and their images, of those that are not validated on and, where these are trained on as `labeled`, not labelled already"
     ds,images = dls.valid.dataset,_items_of(table, items)
     known = _sources(ds) | (_sources(dls.train.dataset) if labeled else set())
-    places = [i for i in range(len(table)) if _source(ds, _at(images, i)) not in known]
+    places = [i for i in range(len(table)) if _source(ds, item_at(images, i)) not in known]
     return table.iloc[places],images.iloc[places] if hasattr(images, 'iloc') else [images[i] for i in places]
 
 def _targets(table, vocab, labeled):
@@ -551,7 +550,7 @@ def _pseudo_acc(table, items, label_func):
     "Share of pseudo-labels that are right, where the truth is known"
     if label_func is None: return None
     images = _items_of(table, items)
-    truth = [label_func(_at(images, i)) for i in range(len(table))]
+    truth = [label_func(item_at(images, i)) for i in range(len(table))]
     return float(np.mean([str(o) == str(p) for o,p in zip(truth, table.predicted)]))
 
 def _student(make_student, dls, soft=True):

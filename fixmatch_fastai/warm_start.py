@@ -24,7 +24,8 @@ from fastai.vision.models.unet import DynamicUnet
 from PIL import Image
 
 from .augment import to_plain_mode
-from .data import UnlabeledViews, _own
+from .core import first_line, unwrap_dl
+from .data import UnlabeledViews
 
 # %% ../nbs/11b_warm_start.ipynb #c12086cb
 def _dls_of(items, size):
@@ -57,15 +58,15 @@ def _pretext(items, dls, size, valid_pct, seed):
     if dls is None:
         dls = _dls_of(items, size)
         dataset = dls.valid.dataset
-    elif len(dls.loaders) < 2 or not isinstance(_own(dls.valid), TfmdDL): raise TypeError("`dls` must be fastai's DataLoaders with a validation set, whose transforms are taken over: for others give `size`.")
-    else: dataset = test_set(_own(dls.valid).dataset, items)
+    elif len(dls.loaders) < 2 or not isinstance(unwrap_dl(dls.valid), TfmdDL): raise TypeError("`dls` must be fastai's DataLoaders with a validation set, whose transforms are taken over: for others give `size`.")
+    else: dataset = test_set(unwrap_dl(dls.valid).dataset, items)
     order = np.random.default_rng(seed).permutation(len(items)).tolist()
     return _Pictures(dataset, dls),order[n_valid:],order[:n_valid],dls
 
 def _loaders(dsets, dls, bs, batch_tfms, num_workers):
-    valid = _own(dls.valid)
+    valid = unwrap_dl(dls.valid)
     tfms = [IntToFloatTensor(), *L(batch_tfms), *[t for t in valid.after_batch.fs if isinstance(t, Normalize)]]
-    if num_workers is None: num_workers = _own(dls.train).fake_l.num_workers
+    if num_workers is None: num_workers = unwrap_dl(dls.train).fake_l.num_workers
     # images fewer than a batch are no reason for an epoch without a step
     return DataLoaders.from_dsets(*dsets, bs=min(bs, len(dsets[0])), after_item=[ToTensor()], after_batch=tfms, num_workers=num_workers, device=dls.device, path=dls.path)
 
@@ -164,7 +165,7 @@ def inpainting_learner(
     if not isinstance(body, nn.Sequential): raise TypeError(f"A body of your own must be an `nn.Sequential`, whose parts fastai's U-Net looks at, but is a {type(body).__name__}: use `nn.Sequential(*model.children())`, without pooling and head.")
     with torch.no_grad():
         try: out = deepcopy(body).cpu().eval()(cast(x[:2], Tensor).cpu())
-        except RuntimeError as e: raise ValueError(f"`body` can't take images of {n} channel{'s'*(n > 1)}, {tuple(x.shape[-2:])} pixels: {str(e).splitlines()[0]}.") from e
+        except RuntimeError as e: raise ValueError(f"`body` can't take images of {n} channel{'s'*(n > 1)}, {tuple(x.shape[-2:])} pixels: {first_line(e)}.") from e
     if out.ndim != 4: raise ValueError(f"`body` must return feature maps (images, channels, height, width), but returns {tuple(out.shape)}: leave out pooling and head, as `model[:-3]` of an `nn.Sequential` does.")
     net = DynamicUnet(deepcopy(body).cpu(), n, tuple(x.shape[-2:]))
     return Learner(dls, net, **{'loss_func': inpainting_loss, **kwargs})

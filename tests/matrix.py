@@ -221,7 +221,7 @@ class Bench:
 
     def sound(self, learn, steps, epochs, names=NAMES, finite=slice(-1)):
         "Loss back, steps counted, columns in their places and finite, nothing left running, and it predicts"
-        assert learn.fix_match._stream is None and not multiprocessing.active_children(), 'a loader still runs'
+        assert learn.fix_match.stream is None and not multiprocessing.active_children(), 'a loader still runs'
         history = learn.fix_match.history
         assert len(history) == steps, f'{len(history)} steps, not {steps}'
         assert np.isfinite(history[COLUMNS[:3]].values).all() and (history.loss_u >= 0).all()
@@ -437,7 +437,7 @@ def terminate_on_nan(bench):
     loss_func = learn.loss_func
     quiet_fit(learn, 2, cbs=Break())
     assert len(learn.fix_match.history) == 3 and math.isnan(learn.fix_match.history.loss_x[2])
-    assert learn.loss_func is loss_func and learn.fix_match._stream is None
+    assert learn.loss_func is loss_func and learn.fix_match.stream is None
 
 
 @row(CALLBACKS, 'BnFreeze', 'the statistics of frozen BatchNorm stay, also under unlabelled images')
@@ -674,7 +674,7 @@ for name, arch in {'torchvision': resnet18, 'timm': 'test_resnet'}.items():
 @row(LEARNERS, 'DataParallel', 'the model is wrapped; policies see the module')
 def data_parallel(bench):
     learn = bench.trains(model=lambda: nn.DataParallel(tiny_net()), policy=lambda dls: FreeMatch(decay=0.5))
-    assert isinstance(learn.model, nn.DataParallel) and learn.fix_match._set_for[1] is learn.model.module
+    assert isinstance(learn.model, nn.DataParallel) and learn.fix_match._setup.labeler is learn.model.module
 
 
 # these have tests of their own, which the page lists too: where they are, which of them, and what they check

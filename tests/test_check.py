@@ -167,13 +167,13 @@ def test_one_fixmatch_is_needed(fine, n):
 
 def test_loaders_that_cannot_be_looked_at(fine):
     learn = fine()
-    learn.fix_match._unlabeled_dl = None
+    learn.fix_match.unlabeled_dl = None
     with pytest.raises(ValueError, match='without its unlabelled images'):
         fixmatch_check(learn)
-    learn.fix_match._unlabeled_dl = iter([1, 2])
+    learn.fix_match.unlabeled_dl = iter([1, 2])
     with pytest.raises(TypeError, match='is an iterator'):
         fixmatch_check(learn)
-    assert next(learn.fix_match._unlabeled_dl) == 1
+    assert next(learn.fix_match.unlabeled_dl) == 1
 
 
 # --- as it was
@@ -206,7 +206,7 @@ def snapshot(learn):
     "All that training, predicting and saving may depend on"
     model, fm, train = learn.model, learn.fix_match, learn.dls.train
     rngs = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
-    loaders = [o for o in (train, getattr(train, 'base', None), learn.dls.valid, fm._unlabeled_dl) if o is not None]
+    loaders = [o for o in (train, getattr(train, 'base', None), learn.dls.valid, fm.unlabeled_dl) if o is not None]
     return deepcopy(
         {
             'buffers': [(k, id(b), b.clone()) for k, b in model.named_buffers()],
@@ -223,7 +223,7 @@ def snapshot(learn):
             'fixmatch': {k: id(v) for k, v in vars(fm).items()},
             'history': fm.history.values.tolist(),
             'damaged': len(fm.damaged),
-            'pool': getattr(fm._unlabeled_dl, 'place', None),
+            'pool': getattr(fm.unlabeled_dl, 'place', None),
         }
     )
 
@@ -314,8 +314,8 @@ def test_a_copied_policy_is_tried_as_ours_would(fine, unseen):
     learn = fine(n_batches=3, fixmatch={'threshold': 0.95, 'policy': FlexMatch(0.1)})
     quiet_fit(learn, 1)
     assert level(check(learn), 'step') == 'ok'
-    learn.fix_match._unlabeled_dl = learn.dls.unlabeled_dl(unseen[:10], tfm=FixMatchTransform(weak=weak_augment(flip=False)))
-    learn.fix_match._set_for = None
+    learn.fix_match.unlabeled_dl = learn.dls.unlabeled_dl(unseen[:10], tfm=FixMatchTransform(weak=weak_augment(flip=False)))
+    learn.fix_match._setup = None
     quiet = check(learn)
     assert level(quiet, 'step') == 'problem' and 'another pool' in quiet['step'].advice
 
@@ -434,7 +434,7 @@ def test_at_most_n_are_opened(fine, unseen, monkeypatch):
     monkeypatch.setattr('fixmatch_fastai.check._check_batches', lambda *args: [])
     create = PILImageBW.create.__func__
     monkeypatch.setattr(PILImageBW, 'create', classmethod(lambda cls, fn, **kwargs: opened.append(fn) or create(cls, fn, **kwargs)))
-    for dset in (learn.dls.train_ds, learn.dls.valid_ds, learn.fix_match._unlabeled_dl.dataset.dataset):
+    for dset in (learn.dls.train_ds, learn.dls.valid_ds, learn.fix_match.unlabeled_dl.dataset.dataset):
         dset.tls[0].tfms.fs[0] = type(dset.tls[0].tfms.fs[0])(PILImageBW.create)
     report = check(learn, n=7)
     assert len(opened) == 21
@@ -731,7 +731,7 @@ def test_quick_check_warns_once(leaky, fine, unseen):
     missing, shared = told(learn, 1)
     assert 'of class ten:' in missing and 'at least 3, such as' in shared
     assert told(learn, 1) == []
-    learn.fix_match._unlabeled_dl = learn.dls.unlabeled_dl(unseen, mu=2)
+    learn.fix_match.unlabeled_dl = learn.dls.unlabeled_dl(unseen, mu=2)
     assert len(told(learn, 1)) == 1  # another pool: the class is still missing
     assert told(fine(n_batches=2), 1) == []
 
@@ -776,7 +776,7 @@ def test_quick_check_is_quick(fine):
             return f'/data/{self.first + i}.jpg'
 
     learn = fine()
-    learn.fix_match._unlabeled_dl.dataset.dataset.tls[0].items = Million(0)
+    learn.fix_match.unlabeled_dl.dataset.dataset.tls[0].items = Million(0)
     learn.dls.valid_ds.tls[0].items = Million(1)
     labeled = learn.dls.train_ds
     labeled.tls[-1].items = L(list(labeled.tls[-1].items) * 50_000)

@@ -367,7 +367,7 @@ def test_finished_run_with_teacher(tmp_path):
     learn = build(tmp_path, seed=5, **taught())
     one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
     assert_same(learn, whole)
-    assert learn.fix_match._stream is None
+    assert learn.fix_match.stream is None
     one_cycle(learn, 1)
 
 
@@ -419,7 +419,7 @@ def test_finished_run_is_loaded_and_trains_nothing(tmp_path, capsys):
     assert_same(learn, whole)
     assert learn.final_record == whole.final_record
     assert (tmp_path / 'models/a.pth').read_bytes() == before
-    assert learn.fix_match._stream is None
+    assert learn.fix_match.stream is None
 
 
 def test_table_bar_and_log_are_whole(tmp_path, capsys):
@@ -629,7 +629,7 @@ def refused(learn, match, fit=one_cycle):
     with pytest.raises(ValueError, match=match):
         fit(learn, cbs=SaveFixMatch('a', resume=True))
     same(snapshot(learn), before)
-    assert learn.loss_func is loss_func and '_with_events' not in vars(learn) and learn.fix_match._stream is None
+    assert learn.loss_func is loss_func and '_with_events' not in vars(learn) and learn.fix_match.stream is None
     one_cycle(learn, 1)  # and trains on
 
 
@@ -744,7 +744,7 @@ def test_images_that_are_gone(tmp_path, pool):
     cut_off(one_cycle, build(tmp_path), [SaveFixMatch('a')])
     learn = build(tmp_path, seed=3)
     one_cycle(learn, 1)
-    learn.fix_match._unlabeled_dl.start_at = lambda place: 1 / 0
+    learn.fix_match.unlabeled_dl.start_at = lambda place: 1 / 0
     before = snapshot(learn)
     with pytest.raises(ZeroDivisionError):
         one_cycle(learn, cbs=SaveFixMatch('a', resume=True))

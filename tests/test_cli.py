@@ -258,7 +258,7 @@ def test_what_the_recipe_is_asked_for(there, weights, tmp_path, monkeypatch):
     run.fit(run.learn, 'fixmatch', False)
     assert (asked['n_steps'], asked['n_epoch'], asked['base_lr']) == (12, 4, 0.02)
     assert type(asked['policy']).__name__ == 'FlexMatch' and asked['policy'].threshold == 0.9
-    assert asked['pool'] is run.learn.fix_match._unlabeled_dl
+    assert asked['pool'] is run.learn.fix_match.unlabeled_dl
 
 
 def test_a_tuned_run_writes_what_any_run_does(tuned, run):

@@ -164,14 +164,14 @@ def test_the_recipe():
         small(optimizer=experiment.OptimizerConfig(lr=0.02, mom=0.8, wd=0.01), lambda_u=0.5, policy_args={'threshold': 0.7}, forward='split', bn_momentum=0.05)
     )
     fm = learn.fix_match
-    assert (fm.policy.threshold, fm._lambda_u, fm._forward, fm._unlabeled_dl.mu) == (0.7, 0.5, 'split', 2)
-    assert fm._unlabeled_dl.dataset.tfm.strong.name == 'google' and not fm._unlabeled_dl.dataset.tfm.weak.flip
+    assert (fm.policy.threshold, fm.lambda_u, fm.forward_mode, fm.unlabeled_dl.mu) == (0.7, 0.5, 'split', 2)
+    assert fm.unlabeled_dl.dataset.tfm.strong.name == 'google' and not fm.unlabeled_dl.dataset.tfm.weak.flip
     assert learn.model_ema.decay == 0.5, '2 % of 6 steps are less than one'
     assert {m.momentum for m in learn.model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.05}
     learn.create_opt()
     group = learn.opt.opt.param_groups[0]
     assert (group['nesterov'], group['momentum'], group['weight_decay']) == (True, 0.8, 0.01)
-    assert len(fm._unlabeled_dl.dataset) == 1300 and len(learn.dls.train_ds) == 20, 'the pool holds the labelled images too'
+    assert len(fm.unlabeled_dl.dataset) == 1300 and len(learn.dls.train_ds) == 20, 'the pool holds the labelled images too'
 
 
 def test_schedules(tmp_path):

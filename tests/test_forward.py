@@ -41,7 +41,8 @@ from fixmatch_fastai.all import (
     add_dropout,
     fixmatch_check,
 )
-from fixmatch_fastai.callback import EarlyPass, _shown
+from fixmatch_fastai.batch import kept_rows
+from fixmatch_fastai.callback import EarlyPass
 
 FORWARDS = ['split', 'selective']
 POLICIES = {
@@ -160,13 +161,13 @@ def test_passes():
         ([[0, 0], [0, 0.1], [0, 0]], [1]),
     ],
 )
-def test_shown(weights, expected):
-    assert _shown(torch.tensor(weights, dtype=torch.float32)).tolist() == list(expected)
+def testkept_rows(weights, expected):
+    assert kept_rows(torch.tensor(weights, dtype=torch.float32)).tolist() == list(expected)
 
 
 def test_few_sizes():
     "However many count, there are nine sizes at most: as many compiled graphs"
-    sizes = {len(_shown((torch.arange(448) < n).float())) for n in range(449)}
+    sizes = {len(kept_rows((torch.arange(448) < n).float())) for n in range(449)}
     assert sizes == {56 * i for i in range(9)}
 
 

@@ -55,7 +55,7 @@ def usable(learn, item):
     quiet_fit(learn, 2)
     assert len(learn.fix_match.history) == 6 and len(learn.recorder.values) == 2
     assert [len(v) for v in learn.recorder.values] == [7, 7]
-    assert learn.fix_match._stream is None and not multiprocessing.active_children()
+    assert learn.fix_match.stream is None and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize('order', [-20, 55], ids=['first', 'last'])
@@ -84,7 +84,7 @@ def test_cancel(make_learner, pool, exc, order):
             pass
         else:
             assert not isinstance(learn.loss_func, OneCallLoss), event
-            assert learn.fix_match._stream is None, event
+            assert learn.fix_match.stream is None, event
         learn.validate()
         assert type(learn.loss_func) is CrossEntropyLossFlat, event
         quiet_fit(learn, 1)
@@ -143,7 +143,7 @@ def test_interrupted_fit_with_callback_given_to_fit(make_learner, pool):
     learn.remove_cb(fm)
     with pytest.raises(KeyboardInterrupt):
         quiet_fit(learn, 1, cbs=[fm, Raise('after_pred', KeyboardInterrupt, 55)])
-    assert type(learn.loss_func) is CrossEntropyLossFlat and fm._stream is None
+    assert type(learn.loss_func) is CrossEntropyLossFlat and fm.stream is None
     assert not hasattr(learn, 'fix_match') and not learn._grab_cbs(type(fm._recorder))
     assert quiet_fit(learn, 1) is None and len(learn.recorder.values[-1]) == 3
 

@@ -515,15 +515,15 @@ def test_truth_of_one_class_is_no_truth():
 
 
 def test_loader_tells_labels_as_zeros_and_ones(images, digits):
-    loader = images().fix_match._unlabeled_dl
+    loader = images().fix_match.unlabeled_dl
     (_, _), y, idxs = loader.one_batch()
     assert y.shape == (8, 11) and y.dtype == torch.int64
     for row, i in zip(y, idxs):
         assert [VOCAB[k] for k in row.nonzero().flatten()] == sorted(labels_of(loader.dataset.items[int(i)]))
-    assert (images(label_func=lambda o: None).fix_match._unlabeled_dl.one_batch()[1] == -1).all()
-    assert images(label_func=lambda o: ['even', 'never seen']).fix_match._unlabeled_dl.one_batch()[1].sum(1).tolist() == [1] * 8
+    assert (images(label_func=lambda o: None).fix_match.unlabeled_dl.one_batch()[1] == -1).all()
+    assert images(label_func=lambda o: ['even', 'never seen']).fix_match.unlabeled_dl.one_batch()[1].sum(1).tolist() == [1] * 8
     with pytest.raises(TypeError, match=r"must return a list of them, but it returned '\d': return \['\d'\]"):
-        images(label_func=parent_label).fix_match._unlabeled_dl.one_batch()
+        images(label_func=parent_label).fix_match.unlabeled_dl.one_batch()
 
 
 class Says(MultiLabelThreshold):
@@ -553,8 +553,8 @@ def test_titles(images, monkeypatch):
     assert [t.get_color() for t in tops] == ['tab:red', 'tab:green', '0.55', 'tab:red']
     learn = images(label_func=None)
     learn.fix_match.show_pseudo_labels(3)
-    learn.fix_match._unlabeled_dl.show_batch(max_n=2)
-    images().fix_match._unlabeled_dl.show_batch(max_n=2)
+    learn.fix_match.unlabeled_dl.show_batch(max_n=2)
+    images().fix_match.unlabeled_dl.show_batch(max_n=2)
     batch, truth, *_ = images().fix_match.peek()
     assert batch.y.shape == (4, 11) and truth.shape == (8, 11)
 

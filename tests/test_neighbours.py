@@ -58,6 +58,7 @@ from fixmatch_fastai.all import (
     split_labeled,
 )
 from fixmatch_fastai.callback import OneCallLoss
+from fixmatch_fastai.core import finished
 
 COLUMNS = ['loss_x', 'loss_u', 'mask_rate', 'pseudo_acc']
 
@@ -377,8 +378,7 @@ def test_weak_view_is_what_validation_shows(jpegs, monkeypatch):
     learn = vision_learner(dls, resnet18, cbs=FixMatch(loader))
     weak, strong, _ = next(iter(loader))
     assert weak.dtype == torch.uint8
-    finished = learn.fix_match._finish(weak)
-    torch.testing.assert_close(finished, dls.valid.one_batch()[0].as_subclass(torch.Tensor), rtol=0, atol=0)
+    torch.testing.assert_close(finished(weak, learn.dls), dls.valid.one_batch()[0].as_subclass(torch.Tensor), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('presize', [False, True])

@@ -33,14 +33,16 @@ def imported(module, *names):
     return res.stdout.strip()
 
 
-ROOMS = {'augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'ema', 'recipe', 'checkpoint', 'check', 'interpret',
+ROOMS = {'core', 'batch', 'show', 'augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'ema', 'recipe', 'checkpoint', 'check', 'interpret',
          'self_training', 'meta_pseudo_labels', 'warm_start', 'experiment', 'cli'}  # fmt: skip
 KNOWS = dict(
-    augment=[], data=['augment'], policy=[], uncertainty=['policy'], callback=['policy', 'record'], record=['policy'],
-    ema=[], recipe=['callback', 'policy', 'record', 'ema'], checkpoint=['callback', 'policy', 'record', 'ema'],
-    self_training=['augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'checkpoint', 'ema', 'recipe', 'check'],
-    meta_pseudo_labels=['callback', 'policy', 'record'], warm_start=['augment', 'data'],
-    experiment=['augment', 'data', 'policy', 'uncertainty', 'callback', 'record', 'ema', 'recipe', 'checkpoint', 'check', 'interpret'],
+    core=[], augment=[], data=['core', 'augment'], policy=[], uncertainty=['policy'], batch=['core', 'policy'],
+    callback=['core', 'batch', 'policy', 'record'], record=['core', 'policy'], show=['core', 'batch', 'callback', 'policy', 'record'],
+    ema=[], recipe=['core', 'batch', 'callback', 'policy', 'record', 'show', 'ema'],
+    checkpoint=['core', 'batch', 'callback', 'policy', 'record', 'ema'],
+    self_training=['core', 'augment', 'data', 'policy', 'uncertainty', 'batch', 'callback', 'record', 'show', 'checkpoint', 'ema', 'recipe', 'check'],
+    meta_pseudo_labels=['core', 'batch', 'callback', 'policy', 'record'], warm_start=['core', 'augment', 'data'],
+    experiment=['core', 'augment', 'data', 'policy', 'uncertainty', 'batch', 'callback', 'record', 'show', 'ema', 'recipe', 'checkpoint', 'check', 'interpret'],
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from fixmatch_fastai.all import (
     plot_to_label,
     split_labeled,
 )
+from fixmatch_fastai.core import finished
 from fixmatch_fastai.record import SemiRecorder
 
 
@@ -196,7 +197,7 @@ def test_most_disagreement_first(make_learner):
     batch, _, _, strong = fm.peek(None, labeled=False)
     with torch.no_grad():
         learn.model.eval()
-        losses = torch.nn.functional.cross_entropy(learn.model(fm._finish(strong)), batch.logits_weak.argmax(1), reduction='none')
+        losses = torch.nn.functional.cross_entropy(learn.model(finished(strong, learn.dls)), batch.logits_weak.argmax(1), reduction='none')
     set_seed(3)
     expected = batch.probs.max(1).values[losses.argsort(descending=True)[:4]]
     assert shown(fm.show_pseudo_labels(4, which='disagree')) == [int(100 * o) / 100 for o in expected.tolist()]
@@ -243,7 +244,7 @@ def assert_legible(fig):
 
 def test_long_names_are_legible(long_names):
     fm, interp = long_names.fix_match, PseudoLabelInterpretation.from_learner(long_names)
-    fm._unlabeled_dl.show_batch()
+    fm.unlabeled_dl.show_batch()
     assert_legible(plt.gcf())
     assert_legible(fm.plot()[0].figure)
     assert_legible(fm.show_pseudo_labels(8))

@@ -29,7 +29,7 @@ from fixmatch_fastai.all import (
     StopOnTrouble,
     weak_augment,
 )
-from fixmatch_fastai.callback import _interleaved
+from fixmatch_fastai.batch import interleaved
 
 pytest.importorskip('accelerate')
 
@@ -125,7 +125,7 @@ def fit_together(rank, make_dls, pool, path, how):
         policy=fm.policy.state_dict(),
         steps=fm._recorder._steps,
         trouble=fm._recorder.trouble,
-        stream=fm._stream is None,
+        stream=fm.stream is None,
     )
 
 
@@ -350,5 +350,5 @@ def test_each_replica_gets_its_share(make_learner, n):
 
 
 def test_no_interleaving_elsewhere():
-    assert _interleaved(12, tiny_net()) is None and _interleaved(12, nn.DataParallel(tiny_net())) is None
-    assert _interleaved(7, Replicas(tiny_net(), 3)).tolist() == [0, 3, 6, 1, 4, 2, 5]
+    assert interleaved(12, tiny_net()) is None and interleaved(12, nn.DataParallel(tiny_net())) is None
+    assert interleaved(7, Replicas(tiny_net(), 3)).tolist() == [0, 3, 6, 1, 4, 2, 5]

@@ -27,7 +27,7 @@ from fixmatch_fastai.all import (
     SoftMatch,
     split_labeled,
 )
-from fixmatch_fastai.callback import unpack
+from fixmatch_fastai.batch import unpack
 from fixmatch_fastai.data import _EndlessBatches
 
 many = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))

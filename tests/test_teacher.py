@@ -622,7 +622,7 @@ def test_another_average_beside_it(make_learner, first):
     ):
         quiet_fit(learn, 1)
     same(dict(learn.model.state_dict()), dict(before))
-    assert type(learn.loss_func) is CrossEntropyLossFlat and fm._stream is None and fm.teacher.ema is None
+    assert type(learn.loss_func) is CrossEntropyLossFlat and fm.stream is None and fm.teacher.ema is None
     learn.remove_cb(ModelEMA)
     quiet_fit(learn, 1)
     assert learn.model_ema is fm.teacher and len(learn.validate()) == 2 and len(fm.history) == 3
@@ -739,7 +739,7 @@ def test_interrupted(make_learner, pool, event, when, order):
     with learn.no_bar():
         preds = learn.get_preds()[0]
         assert learn.predict(pool[0])[0] in learn.dls.vocab
-        assert type(learn.loss_func) is CrossEntropyLossFlat and fm._stream is None
+        assert type(learn.loss_func) is CrossEntropyLossFlat and fm.stream is None
         assert len(learn.validate()) == 2
         teacher = fm.teacher
         assert learn.model_ema is teacher
@@ -755,7 +755,7 @@ def test_interrupted(make_learner, pool, event, when, order):
     quiet_fit(learn, 2)
     assert fm.history.loss_u.isna().tolist() == [True] * 3 + [False] * 3
     assert teacher.steps == had + 6 and teacher.averaged
-    assert fm._stream is None and not multiprocessing.active_children()
+    assert fm.stream is None and not multiprocessing.active_children()
 
 
 def test_interrupted_in_the_teachers_pass():
@@ -786,7 +786,7 @@ def test_interrupted_when_given_to_fit(make_learner, pool):
     learn.remove_cb(fm)
     with pytest.raises(KeyboardInterrupt):
         quiet_fit(learn, 1, cbs=[fm, Stop('after_pred', 1, 55)])
-    assert type(learn.loss_func) is CrossEntropyLossFlat and not learn._grab_cbs(ModelEMA) and fm._stream is None
+    assert type(learn.loss_func) is CrossEntropyLossFlat and not learn._grab_cbs(ModelEMA) and fm.stream is None
     quiet_fit(learn, 1, cbs=fm)
     assert fm.teacher.steps == 1 + 3
 

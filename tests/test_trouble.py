@@ -134,7 +134,7 @@ def test_without_a_vocabulary():
 def test_stop(fit):
     learn, said = fit(Says([3]), epochs=2, n_batches=150, cbs=[StopOnTrouble()])
     assert len(said) == 1 and len(learn.fix_match.history) == 100
-    assert len(learn.validate()) == 2 and learn.fix_match._stream is None
+    assert len(learn.validate()) == 2 and learn.fix_match.stream is None
 
 
 def test_stop_at_the_end_of_a_short_epoch(fit):
