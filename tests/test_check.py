@@ -745,6 +745,7 @@ def test_quick_check_is_for_training(leaky):
 def test_quick_check_on_the_first_process_only(leaky, monkeypatch):
     fm = leaky().fix_match
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: 2)
     for rank in (1, 0):
         monkeypatch.setattr(torch.distributed, 'get_rank', lambda rank=rank: rank)
         with warnings.catch_warnings(record=True) as said:

@@ -237,7 +237,7 @@ def usable(learn, item):
     quiet_fit(learn, 2)
     mpl = learn.meta_pseudo_labels
     assert len(mpl.history) == 6 and [len(v) for v in learn.recorder.values] == [6, 6]
-    assert mpl._stream is None and mpl._lesson is None and not multiprocessing.active_children()
+    assert mpl.stream is None and mpl._lesson is None and not multiprocessing.active_children()
     assert all(m.track_running_stats for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
@@ -572,6 +572,7 @@ def test_refuses_several_processes(make_mpl, monkeypatch):
     learn = make_mpl()
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
     monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(torch.distributed, 'get_rank', lambda: 0)
     refused(learn, 'trains in one process')
 
 
@@ -609,7 +610,7 @@ def test_refuses_neighbours(make_mpl, cb):
 
 def test_refuses_fixmatch_beside(make_mpl):
     learn = make_mpl()
-    learn.add_cb(FixMatch(learn.meta_pseudo_labels._unlabeled_dl))
+    learn.add_cb(FixMatch(learn.meta_pseudo_labels.unlabeled_dl))
     refused(learn, 'does not go with FixMatch')
 
 
@@ -619,7 +620,7 @@ def test_refuses_settings(make_mpl, make_dls):
     refused(make_mpl(dls=make_dls(bs=64, n_batches=None)), 'fewer labelled images')
     refused(make_mpl(teacher=tiny_net().requires_grad_(False)), 'no parameter that can be trained')
     learn = make_mpl()
-    learn.add_cb(MetaPseudoLabels(tiny_net(), learn.meta_pseudo_labels._unlabeled_dl))
+    learn.add_cb(MetaPseudoLabels(tiny_net(), learn.meta_pseudo_labels.unlabeled_dl))
     refused(learn, 'two MetaPseudoLabels')
     built = OptimWrapper(opt=torch.optim.SGD(model.parameters(), 0.1))
     refused(make_mpl(model=model, opt_func=built), 'give the teacher its own')

@@ -32,6 +32,7 @@ from symbols import Symbol
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {
+    'ARCHITECTURE.md': 'docs/architecture.md',
     'CHANGELOG.md': 'docs/changelog.md',
     'CONTRIBUTING.md': 'docs/contributing.md',
     'benchmarks/photos.md': 'docs/photos.md',
