@@ -245,7 +245,10 @@ def self_training(photos, steps=300, n_learners=0, share=0.25):
     else:
         learners = [photos.learner()]
         probe_head(learners[0])
-    tables = [pseudo_label(o, photos.pool, soft=True, num_workers=0) for o in learners]
+    tables = []
+    for learn in learners:
+        with learn.no_bar():
+            tables.append(pseudo_label(learn, photos.pool, soft=True, num_workers=0))
     probs = np.mean([o.filter(like='prob_') for o in tables], axis=0)
     table = tables[0][['file']].assign(predicted=np.array(learners[0].dls.vocab)[probs.argmax(1)], confidence=probs.max(1).astype('float32'))
     each = round(share * len(photos.pool) / len(learners[0].dls.vocab))
