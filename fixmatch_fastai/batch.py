@@ -107,7 +107,8 @@ def check_labeled(
         raise TypeError(f"FixMatch needs tensors, but this batch is {describe((x,y))}.")
     if not x.is_floating_point():
         raise ValueError(f"Labelled images must be floats, but are {x.dtype}: "
-                         "normalise them in the data set's transform, or add `IntToFloatTensor` to the batch transforms.")
+                         "normalise them in the data set's transform, "
+                         "or add `IntToFloatTensor` to the batch transforms.")
     return cast(x, Tensor)
 
 # %% ../nbs/03a_batch.ipynb #6dd5af08
@@ -136,7 +137,8 @@ def check_target(
     if of_each and not (values and not ((y >= 0) & (y <= 1)).all()): return
     raise ValueError(f"FixMatch with {name} needs a 0 or 1 of each class for each image, "
                      f"but the target is {describe(y)} {y.dtype}{', with other numbers in it' if of_each else ''}: "
-                     "use a MultiCategoryBlock and `BCEWithLogitsLossFlat()`, or, if each image has one class, a policy for that.")
+                     "use a MultiCategoryBlock and `BCEWithLogitsLossFlat()`, "
+                     "or, if each image has one class, a policy for that.")
 
 # %% ../nbs/03a_batch.ipynb #ea113c4f
 def check_views(weak, x):

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .batch import (Step, check_decision, check_labeled, check_loader, check_logits, check_losses,
                                    check_target, check_views, interleaved, kept_rows, tells_truth, unpack)
-from .core import endless, evaluating, finished
+from .core import batch_size_of, endless, evaluating, finished
 from .policy import FixedThreshold, Policy, PseudoLabels, SemiBatch, alone, masked
 from .record import SemiRecorder
 
@@ -100,11 +100,11 @@ class FixMatch(Callback):
     def __init__(self,
         unlabeled_dl,          # `dls.unlabeled_dl(items)`, or any loader of weak and strong views, see `unpack`
         threshold:float=0.95,  # Smallest confidence with which a pseudo-label counts, 0 to 1 (τ of the paper)
-        lambda_u:float=1.0,    # Weight of the unlabelled loss, 0 or more (λ_u), or a schedule of it, as `SchedLin(0, 1)`
+        lambda_u:float=1.0,    # Weight of the unlabelled loss, 0 or more (λ_u); or a schedule, as `SchedLin(0, 1)`
         T:float=1.0,           # Temperature of the confidence, above 0; below 1 it sharpens
         policy:Policy=None,    # Which pseudo-labels count; default `FixedThreshold(threshold, T)`
-        forward:str='joint',   # All in one pass; `'split'`: weak views first, without gradient; `'selective'`: and only strong ones that count
-        teacher:Callback=None, # A `ModelEMA`, whose average makes the pseudo-labels; default: the model, as in the paper
+        forward:str='joint',   # `'split'`: weak views first, without gradient; `'selective'`: then strong ones that count
+        teacher:Callback=None, # A `ModelEMA` whose average makes the pseudo-labels; default: the model
         warmup:float=0.        # Share of the fit, 0 to below 1, at its beginning that is on labelled images alone
     ):
         check_loader(unlabeled_dl)
@@ -309,7 +309,8 @@ def _seat_teacher(self:FixMatch):
     if self.teacher is None or any(cb is self.teacher for cb in self.learn.cbs): return
     if any(isinstance(cb, type(self.teacher)) for cb in self.learn.cbs):
         raise ValueError("The Learner has another ModelEMA than the teacher: give that one, as in "
-                         "`FixMatch(unlabeled_dl, teacher=learn.model_ema)`, or take it off with `learn.remove_cb(ModelEMA)`.")
+                         "`FixMatch(unlabeled_dl, teacher=learn.model_ema)`, "
+                         "or take it off with `learn.remove_cb(ModelEMA)`.")
     self.learn.add_cb(self.teacher)
     self._seated = True
     self.teacher('before_fit') # the others have been called in a list that was made before
@@ -328,9 +329,9 @@ def before_train(self:FixMatch):
 
 def _check_has_steps(train):
     if not hasattr(train, '__len__') or len(train) > 0: return
-    bs = getattr(train, 'bs', None) or getattr(train, 'batch_size', '?')
-    raise ValueError(f"There are fewer labelled images ({len(train.dataset)}) than the batch size ({bs}), "
-                     "so an epoch has no step: use `dls.repeat_train(100)` for epochs of 100 full batches, or a smaller `bs`.")
+    raise ValueError(f"There are fewer labelled images ({len(train.dataset)}) than the batch size ({batch_size_of(train) or '?'}), "
+                     "so an epoch has no step: use `dls.repeat_train(100)` for epochs of 100 full batches, "
+                     "or a smaller `bs`.")
 
 # %% ../nbs/04_callback.ipynb #fafc7ecd
 @patch

@@ -40,10 +40,11 @@ from . import __version__
 from .augment import FixMatchBatchTransform, FixMatchTransform, weak_augment
 from .callback import FixMatch
 from .check import Preflight, fixmatch_check
-from .checkpoint import SaveFixMatch, _replacing
+from .checkpoint import SaveFixMatch
+from .core import replacing
 from .data import WeakTransform, digits_path, split_labeled
 from .ema import ModelEMA
-from .experiment import CommandError, _check_readable, _History, _in_options, _logging, _notes, _no_formulas, _policies, _Progress, _save_csv, _savefig, _tell, _unknown, small_cnn
+from .experiment import CommandError, check_readable, EpochTable, in_options, logged_lines, warnings_as_notes, without_formulas, named_policies, Progress, save_csv, save_figure, to_stderr, unknown_name, small_cnn
 from .interpret import PseudoLabelInterpretation
 from .recipe import probe # with `fine_tune_fixmatch`
 from .self_training import compare_supervised, predictions
@@ -77,10 +78,10 @@ def run_command(
     argv = [re.sub('^--(un)?labelled', r'--\1labeled', str(o)) for o in (sys.argv[1:] if argv is None else argv)] # either spelling
     args = vars(func.parser().parse_args(argv))
     try:
-        with _notes(): return func.__wrapped__(**args) or 0
-    except CommandError as e: _tell(f'{func.__name__}: {e}')
+        with warnings_as_notes(): return func.__wrapped__(**args) or 0
+    except CommandError as e: to_stderr(f'{func.__name__}: {e}')
     except KeyboardInterrupt as e:
-        _tell(f'\n{func.__name__}: {str(e) or "stopped"}')
+        to_stderr(f'\n{func.__name__}: {str(e) or "stopped"}')
         return 130
     return 2
 
@@ -144,9 +145,9 @@ def _pool_files(folders, without):
 # %% ../nbs/13_cli.ipynb #6a0b1229
 def _policy(name, threshold=None):
     "A fresh policy"
-    cls = _policies.get(name.lower())
-    if cls is None: raise _unknown('--policy', name, list(_policies))
-    takes = [k for k,o in _policies.items() if 'threshold' in inspect.signature(o).parameters]
+    cls = named_policies.get(name.lower())
+    if cls is None: raise unknown_name('--policy', name, list(named_policies))
+    takes = [k for k,o in named_policies.items() if 'threshold' in inspect.signature(o).parameters]
     if threshold is None: return cls()
     if name.lower() not in takes: raise CommandError(f"--threshold can't be given with --policy {name}, which finds its own: leave it out, or use {', '.join(takes)}.")
     try: return cls(threshold=threshold)
@@ -158,7 +159,7 @@ _recipes = dict(finetune=dict(policy='aligned', bs=8, mu=4, epochs=3), paper=dic
 def _recipe(name, pretrained, forward):
     "The name of a recipe that the network is for; left out, the one that suits it"
     if name is None: name = 'finetune' if pretrained else 'paper'
-    if name.lower() not in _recipes: raise _unknown('--recipe', name, list(_recipes))
+    if name.lower() not in _recipes: raise unknown_name('--recipe', name, list(_recipes))
     if name.lower() == 'paper': return 'paper'
     if not pretrained:
         raise CommandError("--recipe finetune begins with what a pretrained network knows: "
@@ -176,7 +177,7 @@ def _arch(name):
     arch = getattr(models, name, None)
     if callable(arch) and arch in model_meta: return arch
     if timm.is_model(name): return name
-    raise _unknown('--arch', name, list(dict.fromkeys(['resnet18','resnet34','resnet50','convnext_tiny','efficientnet_b0',*sorted({*timm.list_models(), *(o.__name__ for o in model_meta)})])))
+    raise unknown_name('--arch', name, list(dict.fromkeys(['resnet18','resnet34','resnet50','convnext_tiny','efficientnet_b0',*sorted({*timm.list_models(), *(o.__name__ for o in model_meta)})])))
 
 # %% ../nbs/13_cli.ipynb #a12ac030
 def _weights_file(file, pretrained):
@@ -256,7 +257,7 @@ class Setup:
         if not unlabeled: raise CommandError("There are no unlabelled images: give a folder of them with --unlabeled.")
         _at_least(1, steps=steps, bs=bs, mu=mu, size=size)
         _at_least(0, workers=workers, seed=seed)
-        if forward not in ('joint','split','selective'): raise _unknown('--forward', forward, ['joint','split','selective'])
+        if forward not in ('joint','split','selective'): raise unknown_name('--forward', forward, ['joint','split','selective'])
         self.workers = min(8, os.cpu_count() or 1) if workers is None else workers
         recipe = _recipe(recipe, pretrained, forward)
         policy,bs,mu = (_recipes[recipe][k] if v is None else v for k,v in dict(policy=policy, bs=bs, mu=mu).items())
@@ -275,7 +276,7 @@ class Setup:
         if missing := [k for k in self.train if not self.valid.get(k)]: warnings.warn(f"--valid has no images of {', '.join(map(repr, missing))}, so nothing is said of them.", stacklevel=3)
         among = {o.resolve() for v in self.train.values() for o in v} & {o.resolve() for v in self.valid.values() for o in v}
         if among: raise CommandError(f"--valid and --labeled share images, such as {min(among).name}: validate on others.")
-        _check_readable([o for d in (self.train,self.valid) for v in d.values() for o in v], self.size)
+        check_readable([o for d in (self.train,self.valid) for v in d.values() for o in v], self.size)
         self.pool,self.split = _pool_files(unlabeled, [o for v in self.valid.values() for o in v]),None if valid is not None else pct
 
     @property
@@ -345,7 +346,7 @@ def _preflight(learn, n=200, **kwargs):
 def _stop_at_problems(learn):
     found = _preflight(learn)
     if not found.problems: return
-    raise CommandError(f"the preflight found {len(found.problems)} problem{'s'*(len(found.problems) > 1)}; mend that first, or train all the same with --no-check.\n{_in_options(str(Preflight(found.problems)))}{_listed(found, learn)}")
+    raise CommandError(f"the preflight found {len(found.problems)} problem{'s'*(len(found.problems) > 1)}; mend that first, or train all the same with --no-check.\n{in_options(str(Preflight(found.problems)))}{_listed(found, learn)}")
 
 def _listed(found, learn, most=20):
     "The files that are not well, a line for each"
@@ -386,8 +387,8 @@ class Training:
 
     def fit(self, learn, name, resume):
         "Train `learn`, with a checkpoint after each epoch"
-        history = _History(self.out/(f'{name}_history.csv' if learn is self.twin else 'history.csv'), resume)
-        with _logging(learn) as lines:
+        history = EpochTable(self.out/(f'{name}_history.csv' if learn is self.twin else 'history.csv'), resume)
+        with logged_lines(learn) as lines:
             cbs = [SaveFixMatch(name, resume=resume), history, *lines]
             try: self._train(learn, cbs)
             except ValueError as e: raise CommandError(str(e).split('\n\t')[-1].strip().replace('another `fname`', 'another --out')) from e
@@ -448,7 +449,7 @@ def _keep_options(run, resume):
     elif resume: print(f'There is nothing in {run.out} to go on from, so training starts at the beginning.')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(file) as tmp: tmp.write_text(json.dumps(own, indent=1), encoding='utf-8')
+        with replacing(file) as tmp: tmp.write_text(json.dumps(own, indent=1), encoding='utf-8')
     except OSError as e: raise CommandError(f"--out {run.out} can't be written to ({e.strerror}): give another folder.") from e
 
 # %% ../nbs/13_cli.ipynb #e94a4de9
@@ -533,24 +534,24 @@ def _plot_confusion(learn, probs, truth):
 @patch
 def save_learner(self:Training):
     "`learner.pkl` and `weights.safetensors`"
-    with _replacing(self.out/'learner.pkl') as tmp: self.learn.export(tmp.resolve())
+    with replacing(self.out/'learner.pkl') as tmp: self.learn.export(tmp.resolve())
     self.learn.save_weights((self.out/'weights.safetensors').resolve())
 
 @patch
 def save_pictures(self:Training):
     "`training.png`, `pseudo_labels.png`, `acceptance.png` and `confusion.png`"
     set_seed(self.setup.seed)
-    with _no_formulas():
-        _savefig(self.learn.fix_match.plot()[0].figure, self.out/'training.png')
-        _savefig(self.learn.fix_match.show_pseudo_labels(16), self.out/'pseudo_labels.png')
-        _savefig(self.interp.plot_acceptance().figure, self.out/'acceptance.png')
-        _savefig(_plot_confusion(self.learn, self.probs, self.truth), self.out/'confusion.png')
+    with without_formulas():
+        save_figure(self.learn.fix_match.plot()[0].figure, self.out/'training.png')
+        save_figure(self.learn.fix_match.show_pseudo_labels(16), self.out/'pseudo_labels.png')
+        save_figure(self.interp.plot_acceptance().figure, self.out/'acceptance.png')
+        save_figure(_plot_confusion(self.learn, self.probs, self.truth), self.out/'confusion.png')
 
 @patch
 def save_tables(self:Training, k=20):
     "`pseudo_labels.csv`, and `to_label.csv`: which images to label next"
-    _save_csv(self.interp.to_df(), self.out/'pseudo_labels.csv')
-    _save_csv(self.interp.suggest_labels(min(k, len(self.interp))), self.out/'to_label.csv')
+    save_csv(self.interp.to_df(), self.out/'pseudo_labels.csv')
+    save_csv(self.interp.suggest_labels(min(k, len(self.interp))), self.out/'to_label.csv')
 
 # %% ../nbs/13_cli.ipynb #716cf1cc
 _css = """
@@ -654,7 +655,7 @@ def save(self:Training):
     self.save_learner()
     self.save_tables()
     self.save_pictures()
-    with _replacing(self.out/'report.html') as tmp: tmp.write_text(self.report(), encoding='utf-8')
+    with replacing(self.out/'report.html') as tmp: tmp.write_text(self.report(), encoding='utf-8')
 
 # %% ../nbs/13_cli.ipynb #413fc925
 @console(Setup.__init__, example='fixmatch_train --labeled labeled --unlabeled unlabeled --out run')
@@ -725,20 +726,20 @@ def fixmatch_predict(
     out = Path(out)
     if out.is_dir(): raise CommandError(f"--out {out} is a folder: give the name of a table, as {out/'predictions.csv'}.")
     files,learn = _image_files([files] if isinstance(files, (str,Path)) else files),_load(Path(learner))
-    vocab,rows,progress = [str(o) for o in learn.dls.vocab],[],_Progress(len(files), 'image')
+    vocab,rows,progress = [str(o) for o in learn.dls.vocab],[],Progress(len(files), 'image')
     for i,probs,why in predictions(learn, files, tta, bs, min(8, os.cpu_count() or 1) if workers is None else workers):
         rows.append(_prediction(files[i], probs, why, vocab, topk))
         progress.update(i+1)
     out.parent.mkdir(parents=True, exist_ok=True)
     df = pd.DataFrame(rows)
-    _save_csv(df[[o for o in df if o != 'error'] + ['error']*('error' in df)], out)
+    save_csv(df[[o for o in df if o != 'error'] + ['error']*('error' in df)], out)
     return _say_predicted(df, out)
 
 def _say_predicted(df, out):
     bad = df[df.error.notna()] if 'error' in df else df[:0]
     if len(bad) < len(df): print(f"{len(df)-len(bad):,} images: {', '.join(f'{n:,} {c}' for c,n in df.predicted.value_counts().head(5).items())}{' ...'*(df.predicted.nunique() > 5)}")
     print(f'Written to {out}')
-    if len(bad): _tell(f'{len(bad):,} of {len(df):,} files can\'t be opened, such as {bad.file.iloc[0]} ({bad.error.iloc[0]}): the column `error` says why.')
+    if len(bad): to_stderr(f'{len(bad):,} of {len(df):,} files can\'t be opened, such as {bad.file.iloc[0]} ({bad.error.iloc[0]}): the column `error` says why.')
     return int(len(bad) == len(df))
 
 # %% ../nbs/13_cli.ipynb #8d80110c
@@ -754,7 +755,7 @@ def check_command(
     setup = Setup(**opts)
     learn = setup.learner()
     found = fixmatch_check(learn, (epochs or _recipes[setup.recipe]['epochs'])+setup.head_first, images, speed)
-    print(_in_options(f'{_listed(found, learn)}\n{found!r}'.strip()))
+    print(in_options(f'{_listed(found, learn)}\n{found!r}'.strip()))
     return int(bool(found.problems))
 
 check_command.__name__ = 'fixmatch_check' # as the console calls it
@@ -830,7 +831,7 @@ class Comparison:
         seeds:int=3 # How many: each chooses other labels, starting weights and views
     ):
         "Train both methods with each seed, with one progress bar for all"
-        bar,done = _Progress(2*seeds*self.steps),itertools.count(0, self.steps)
+        bar,done = Progress(2*seeds*self.steps),itertools.count(0, self.steps)
         def fit(learn): learn.fit_one_cycle(self.n_points, self.lr, cbs=_Bar(bar, next(done)))
         self.twin = compare_supervised(self._supervised, self._unlabeled_dl, seeds, fit=fit, method=self._fix_match, progress=False)
         bar.close()

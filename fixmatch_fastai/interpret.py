@@ -24,12 +24,12 @@ from timm.data import create_transform, resolve_model_data_config
 from .augment import to_plain_mode, uint8_tensor
 from .batch import unpack
 from .callback import FixMatch
-from .core import finished, item_at
+from .core import evaluating, finished, item_at
 from .data import UnlabeledDL
 from .policy import SemiBatch
-from .record import SemiRecorder, _fitted, _legend_below, _show
+from .record import SemiRecorder, fit_titles, legend_below, show_view
 from .show import from_border
-from .uncertainty import _as, _evaluate, one_minus_margin, penultimate
+from .uncertainty import eval_logits, one_minus_margin, penultimate
 
 # %% ../nbs/10_interpret.ipynb #17497cde
 class _Plain(torch.utils.data.Dataset):
@@ -112,7 +112,7 @@ class PseudoLabelInterpretation:
             damaged.update(errors)
             if len(x) == 0: continue
             x = finished(to_device(x, device), learn.dls)
-            logits = _evaluate(learn.model, x, None)
+            logits = eval_logits(learn.model, x, None)
             idxs_known = idxs.to(device) if dl is fm.unlabeled_dl else torch.zeros_like(idxs, device=device) # of other pools a policy has no notes
             targets,weights = fm.decide(known._replace(weak=x, idxs=idxs_known, logits_weak=logits))
             if targets.ndim == 2: targets = targets.argmax(1)
@@ -204,7 +204,7 @@ def plot_acceptance(self:PseudoLabelInterpretation,
     _barh(ax, [(right.values, 'tab:green', 'counts, right'), (wrong.values, 'tab:red', 'counts, wrong'), ((df.counted-right-wrong).values, 'tab:blue', 'counts'),
                ((df.images-df.counted).values, '0.85', 'does not count')], df.index)
     ax.set(xlabel='unlabelled images', ylabel='pseudo-label', title=f'{int(self.counted.sum()):,} of {len(self):,} pseudo-labels count')
-    _legend_below(ax, 4)
+    legend_below(ax, 4)
     return ax
 
 # %% ../nbs/10_interpret.ipynb #a2d5e215
@@ -288,7 +288,7 @@ def plot_calibration(self:PseudoLabelInterpretation,
         for a in (ax,below): a.axvline(threshold, color='tab:red', lw=1, label=f'threshold {threshold:g}')
     ax.set(ylabel='accuracy', ylim=(-.03,1.03), title=f'expected calibration error {self.calibration_error(n_bins):.3f}')
     below.set(xlabel='confidence', ylabel='images', xlim=(0,1))
-    _legend_below(below, 3, handles=ax.get_legend_handles_labels()[0])
+    legend_below(below, 3, handles=ax.get_legend_handles_labels()[0])
     ax.grid(alpha=.3)
     return ax
 
@@ -310,12 +310,12 @@ def images(self:PseudoLabelInterpretation, rows)->list: # Tensors (channels, H, 
 def _grid(self:PseudoLabelInterpretation, rows, title, ncols, suptitle):
     rows = torch.as_tensor(rows, dtype=torch.long)
     if len(rows) == 0: raise ValueError("There is no such image.")
-    titles,ncols,width,above = _fitted([*map(title, rows.tolist())], ncols, 1.35, 8)
+    titles,ncols,width,above = fit_titles([*map(title, rows.tolist())], ncols, 1.35, 8)
     nrows = -(-len(rows)//ncols)
     fig,axs = plt.subplots(nrows, ncols, figsize=(max(width*ncols, 2.5), .35+(width+above+.12)*nrows), squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for ax,r,said,img in zip(axs.flat, rows.tolist(), titles, self.images(rows)):
-        _show(ax, img)
+        show_view(ax, img)
         wrong = bool(self.known[r] and not self.right[r])
         ax.set_title(said, fontsize=8, parse_math=False, color='0.5' if not self.counted[r] else 'tab:red' if wrong else 'tab:green')
     fig.suptitle(suptitle, fontsize=10)
@@ -414,12 +414,12 @@ def plot_to_label(
     if len(df) == 0: raise ValueError("There is no image to show: the table is empty.")
     if not all(isinstance(o, (str,Path)) for o in df['item']): raise TypeError("Only images that are files can be shown here.")
     titles = [f"{i}: {row['predicted']}\nor {row['second']}?" if 'second' in row else str(i) for i,row in df.iterrows()]
-    titles,ncols,width,above = _fitted(titles, ncols, 1.35, 8)
+    titles,ncols,width,above = fit_titles(titles, ncols, 1.35, 8)
     nrows = -(-len(df)//ncols)
     fig,axs = plt.subplots(nrows, ncols, figsize=(width*ncols, (width+above+.12)*nrows), squeeze=False, layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for ax,said,item in zip(axs.flat, titles, df['item']):
-        _show(ax, uint8_tensor(to_plain_mode(Image.open(item))))
+        show_view(ax, uint8_tensor(to_plain_mode(Image.open(item))))
         ax.set_title(said, fontsize=8, parse_math=False)
     return fig
 
@@ -440,9 +440,9 @@ def _rgb(tfm, img): return tfm(img.convert('RGB'))
 def _embed(net, x):
     "Features (m, D) of images: what comes before the classifier, or what a body without one returns"
     if hasattr(net, 'forward_head') and hasattr(net, 'forward_features'): # timm's
-        with _as(net, lambda m: False), torch.no_grad(): return net.forward_head(net.forward_features(x), pre_logits=True).float()
+        with evaluating(net): return net.forward_head(net.forward_features(x), pre_logits=True).float()
     if any(isinstance(m, nn.Linear) for m in net.modules()): return penultimate(net, x)
-    f = _evaluate(net, x, None)
+    f = eval_logits(net, x, None)
     return f.flatten(2).mean(2) if f.ndim > 2 else f
 
 def _all_features(items, net, bs, num_workers):

@@ -29,12 +29,11 @@ from PIL import Image
 from scipy import stats
 
 from .callback import FixMatch
-from .check import _loaders_as_they_were
-from .checkpoint import _replacing
-from .core import finished, item_at
+from .check import loaders_as_they_were
+from .core import finished, item_at, replacing
 from .data import WeakTransform
 from .recipe import probe
-from .uncertainty import _evaluate, add_dropout
+from .uncertainty import add_dropout, eval_logits
 
 # %% ../nbs/11_self_training.ipynb #03fb23fe
 class _Opened(torch.utils.data.Dataset):
@@ -55,7 +54,7 @@ def _outputs(learn, x, logits, beta=0.25):
     "Logits, or softmax, (n, C) of images (n, 1+views, channels, H, W)"
     n,k = x.shape[:2]
     x = finished(to_device(x.flatten(0,1), next(learn.model.parameters()).device), learn.dls)
-    out = _evaluate(learn.model, x, None).float().cpu()
+    out = eval_logits(learn.model, x, None).float().cpu()
     if logits: return out
     probs = out.softmax(1).view(n, k, -1)
     return probs[:,0] if k == 1 else probs[:,1:].mean(1).lerp(probs[:,0], beta)
@@ -209,7 +208,7 @@ def pseudo_label(
     df = _table(items, rows, _kept(rows.rows, threshold, top_k_per_class), vocab, soft)
     _warn_of_table(df, rows.rows, damaged, items, threshold)
     if out is not None:
-        with _replacing(out) as tmp: df.to_csv(tmp, index=False, chunksize=max(1, 20_000//df.shape[1])) # text is large
+        with replacing(out) as tmp: df.to_csv(tmp, index=False, chunksize=max(1, 20_000//df.shape[1])) # text is large
         for o in out.parent.iterdir(): # parts of other teachers too, which nobody will go on with
             if re.fullmatch(re.escape(out.name)+r'\.[0-9a-f]{8}\.part', o.name): o.unlink()
     return df
@@ -785,7 +784,7 @@ def _read(self:SupervisedTwin, file):
 @patch
 def _write(self:SupervisedTwin, file):
     rows = [{**o, 'right': ''.join('01'[k] for k in o['right'].astype(int))} for o in self.rows]
-    with _replacing(file) as tmp: tmp.write_text(json.dumps(rows), encoding='utf-8')
+    with replacing(file) as tmp: tmp.write_text(json.dumps(rows), encoding='utf-8')
 
 # %% ../nbs/11_self_training.ipynb #3c0f859c
 @patch
@@ -808,7 +807,7 @@ def _probe(self:SupervisedTwin, learn, seed, n_labels, start):
     began = time.perf_counter()
     try:
         if not self._starts_alike(seed, n_labels, start): raise ValueError("The finished runs began with other weights than those that `make_learner` makes now.")
-        with _loaders_as_they_were(learn.dls.loaders): found = probe(learn)
+        with loaders_as_they_were(learn.dls.loaders): found = probe(learn)
     except Exception as e: # it stands beside the comparison and must not end it, whatever batches and models it does not know
         self.can_probe = False
         warnings.warn(f"The comparison goes without the probe. {str(e) or type(e).__name__}", stacklevel=4)

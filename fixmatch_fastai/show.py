@@ -29,7 +29,7 @@ def peek(self:FixMatch,
     n:int=None,        # Unlabelled images at most; default: a whole batch
     labeled:bool=True  # A batch of labelled images too?
 )->tuple: # `(SemiBatch, truth, weak, strong)`; `truth` (M,) or (M, C) is `None` where unknown; views are as loaded
-    "One fresh batch as a policy sees it in training, but with the model, or its teacher, in eval mode; nothing is remembered"
+    "One fresh batch as a policy sees it, but with the model, or its teacher, in eval mode; nothing is remembered"
     if self.unlabeled_dl is None:
         raise ValueError("This learner was loaded without its unlabelled images: there are none to look at.")
     if self.learn is None:
@@ -80,7 +80,7 @@ def _titles(pseudo, probs, truth, name):
     return [name(i) for i in targets.tolist()],probs.max(1).values.tolist(),weights.tolist(),truths
 
 def _titles_of_several(pseudo, truth, name):
-    "The same for several labels: those that count as there, the share of classes that count, and the truth where it differs"
+    "The same for several labels: those that are there, the share of classes that count, the truth where it differs"
     targets,weights = (o.cpu() for o in pseudo)
     there,counts = targets >= .5,weights > 0
     names = lambda o: ', '.join(name(int(i)) for i in o.nonzero()) or 'none'
@@ -103,9 +103,9 @@ def _as_pictures(unlabeled_dl, *views):
 def show_pseudo_labels(self:FixMatch,
     max_n:int=8,   # Pairs to show
     ncols:int=8,   # Pairs in a row
-    which:str=None # Of a whole batch the most `'confident'`, those at the `'border'` of counting, or whose views `'disagree'` most
+    which:str=None # Of a batch the most `'confident'`, those at the `'border'` of counting, or whose views `'disagree'`
 ):
-    "Show fresh pairs with their pseudo-labels and confidence: green ones count, grey ones don't, red ones count and are wrong"
+    "Show fresh pairs with pseudo-label and confidence: green ones count, grey ones don't, red ones are wrong"
     if which not in (None,*_orders):
         raise ValueError(f"`which` must be one of {', '.join(map(repr, _orders))}, or left out, but got {which!r}.")
     if which is not None and self.policy.multi_label:

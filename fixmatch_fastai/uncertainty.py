@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['one_minus_confidence', 'one_minus_margin', 'entropy', 'one_minus_mean_confidence', 'predictive_entropy',
-           'mutual_info', 'ScoreThreshold', 'dropout_passes', 'MCDropout', 'add_dropout', 'ClassGaussians',
-           'penultimate', 'FeatureDensity', 'spectral_norm_', 'remove_spectral_norm_', 'safe_doubt',
+           'mutual_info', 'ScoreThreshold', 'in_modes', 'eval_logits', 'dropout_passes', 'MCDropout', 'add_dropout',
+           'ClassGaussians', 'penultimate', 'FeatureDensity', 'spectral_norm_', 'remove_spectral_norm_', 'safe_doubt',
            'ValidatedThreshold', 'compare_scores']
 
 # %% ../nbs/03_uncertainty.ipynb #72f5013b
@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
 
-from .policy import Memory, Policy, PseudoLabels, Unseen, _check_above_0, _check_range, _rows, finite_rows, sum_rows
+from .policy import Memory, Policy, PseudoLabels, Unseen, all_rows, check_above_0, check_range, finite_rows, sum_rows
 
 # %% ../nbs/03_uncertainty.ipynb #b874ea07
 def _one_pass(probs, score):
@@ -115,7 +115,7 @@ class ScoreThreshold(Policy):
 
 # %% ../nbs/03_uncertainty.ipynb #7419bfb9
 @contextmanager
-def _as(model, training):
+def in_modes(model, training):
     "Each module in the mode that `training(module)` says, and afterwards exactly as it was"
     before = [(m,m.training) for m in model.modules()]
     try:
@@ -129,8 +129,9 @@ def _run(model, x, autocast):
     with torch.no_grad(), torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False):
         return model(x).float()
 
-def _evaluate(model, x, autocast):
-    with _as(model, lambda m: False): return _run(model, x, autocast)
+def eval_logits(model, x, autocast):
+    "Logits of `x`, float32 (M, C), without gradient and in eval mode; under autocast with that type, if it is one"
+    with in_modes(model, lambda m: False): return _run(model, x, autocast)
 
 def _own(net, policy):
     "The model that a policy was set up with"
@@ -149,7 +150,7 @@ def dropout_passes(
     autocast:torch.dtype=None # Run under autocast with this type
 )->Tensor: # Logits, float32 (T, M, C)
     "Several passes with dropout on; the model is left as it was"
-    with _as(model, lambda m: not _keeps_statistics(m)): return torch.stack([_run(model, x, autocast) for _ in range(n_passes)])
+    with in_modes(model, lambda m: not _keeps_statistics(m)): return torch.stack([_run(model, x, autocast) for _ in range(n_passes)])
 
 def _differ(
     logits:Tensor # (T, M, C)
@@ -172,7 +173,7 @@ class MCDropout(Policy):
         n_passes:int=10      # T, 2 or more
     ):
         super().__init__()
-        self.score,self.at_most,self.n_passes = _check_score(score, (2,2,4)),_check_at_most(at_most),_check_range('n_passes', n_passes, 2, float('inf'))
+        self.score,self.at_most,self.n_passes = _check_score(score, (2,2,4)),_check_at_most(at_most),check_range('n_passes', n_passes, 2, float('inf'))
 
     def setup(self, n_classes, n_unlabeled, model): self._net,self._differs = Unseen(model),None
 
@@ -240,7 +241,7 @@ class ClassGaussians(Memory):
         shrink:float=5.   # The variance of all classes counts as much as this many images of a class, above 0
     ):
         super().__init__()
-        self.decay,self.shrink = _check_range('decay', decay, 0, 1),_check_above_0('shrink', shrink)
+        self.decay,self.shrink = check_range('decay', decay, 0, 1),check_above_0('shrink', shrink)
 
     def setup(self, n_classes, n_features):
         self.remember(n=torch.zeros(n_classes), mean=torch.zeros(n_classes, n_features), spread=torch.zeros(n_classes, n_features))
@@ -293,7 +294,7 @@ def penultimate(
     "What the classifier gets, with the model in evaluation mode; averaged over places where it gets several"
     seen,layer = [],_classifier(model)
     handle = layer.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].float()))
-    try: _evaluate(model, x, autocast)
+    try: eval_logits(model, x, autocast)
     finally: handle.remove()
     f = seen[-1]
     return f if f.ndim == 2 else f.flatten(1, -2).mean(1) if isinstance(layer, nn.Linear) else f.flatten(2).mean(2)
@@ -310,7 +311,7 @@ class FeatureDensity(Policy):
         n_recent:int=512     # How many labelled images are recent, 1 or more
     ):
         super().__init__()
-        self.quantile,self.n_recent = _check_range('quantile', quantile, 0, 1),_check_range('n_recent', n_recent, 1, float('inf'))
+        self.quantile,self.n_recent = check_range('quantile', quantile, 0, 1),check_range('n_recent', n_recent, 1, float('inf'))
         self.gaussians = ClassGaussians(decay, shrink)
 
     def setup(self, n_classes, n_unlabeled, model):
@@ -333,7 +334,7 @@ class FeatureDensity(Policy):
     def _learn(self, features, density, y):
         # as it was before this step; not yet of a class that is new
         counts = (self.gaussians.n[y] > 0) & density.isfinite() & finite_rows(features)
-        recent = torch.cat([self.recent, _rows(torch.where(counts, density, torch.nan))])
+        recent = torch.cat([self.recent, all_rows(torch.where(counts, density, torch.nan))])
         order = recent.isnan().float().sort(descending=True, stable=True).indices # those unknown push no others out
         self.recent.copy_(recent[order][-len(self.recent):])
         self.gaussians.update(features, y)
@@ -358,7 +359,7 @@ def remove_spectral_norm_(
     model:nn.Module # Changed in place
 )->nn.Module: # The same model, which can be pickled
     "Make ordinary convolutions with the weights of now"
-    with _as(model, lambda m: False): # or the weights would be moved once more
+    with in_modes(model, lambda m: False): # or the weights would be moved once more
         for m in list(filter(_normalised, model.modules())): parametrize.remove_parametrizations(m, 'weight')
     return model
 
@@ -385,7 +386,7 @@ def _judge(model, held_out, score, device, autocast): # → doubts, and whether 
     doubts,right = [],[]
     for x,y,*_ in held_out:
         x,y = _plain(x, device),_plain(y, device)
-        probs = _evaluate(model, x, autocast).softmax(1)
+        probs = eval_logits(model, x, autocast).softmax(1)
         doubts.append(score(probs))
         right.append((probs.argmax(1) == y) & finite_rows(probs))
     # the one place where this waits for the device, once in `every` steps
@@ -405,7 +406,7 @@ class ValidatedThreshold(Policy):
         super().__init__()
         if not hasattr(held_out, '__iter__') or hasattr(held_out, '__next__'): raise TypeError(f"`held_out` must be a loader of (x, y) that can be gone through again and again, such as `learn.dls.valid`, but is a {type(held_out).__name__}.")
         if not (0 < target < 1 and 0 < bound < 1): raise ValueError(f"`target` and `bound` must be above 0 and below 1, but got {target} and {bound}.")
-        self.target,self.bound,self.every,self.score = target,bound,_check_range('every', every, 1, float('inf')),_check_score(score, (2,4))
+        self.target,self.bound,self.every,self.score = target,bound,check_range('every', every, 1, float('inf')),_check_score(score, (2,4))
         self._held_out = Unseen(held_out)
 
     def setup(self, n_classes, n_unlabeled, model):
@@ -421,7 +422,7 @@ class ValidatedThreshold(Policy):
         if self._count%self.every == 0: self.at_most.fill_(self._search(batch.logits_weak.device, batch.autocast))
         self._count += 1
         self.step += 1
-        probs = _evaluate(_own(self._net, self), batch.weak, batch.autocast).softmax(1) # as the held-out images: `batch.probs` has the noise of dropout and of the batch in it
+        probs = eval_logits(_own(self._net, self), batch.weak, batch.autocast).softmax(1) # as the held-out images: `batch.probs` has the noise of dropout and of the batch in it
         return _by_score(probs, self.score, self.at_most, batch.logits_weak)
 
     def _search(self, device, autocast):

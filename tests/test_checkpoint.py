@@ -799,7 +799,7 @@ def test_writing_that_fails_leaves_the_file_before(tmp_path, monkeypatch, how):
         raise KeyboardInterrupt if how == 'interrupt' else RuntimeError('enforce fail at inline_container.cc') if how == 'disk full' else OSError
 
     if how == 'replace':
-        monkeypatch.setattr(checkpoint.os, 'replace', lambda a, b: (_ for _ in ()).throw(OSError('no space')))
+        monkeypatch.setattr('os.replace', lambda a, b: (_ for _ in ()).throw(OSError('no space')))
     else:
         monkeypatch.setattr(checkpoint.torch, 'save', half)
     if how == 'interrupt':

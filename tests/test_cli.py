@@ -740,7 +740,7 @@ def test_help_says_what_an_option_means_with_either_recipe():
     assert 'left out: aligned with --recipe finetune, fixed with paper' in said['policy']
     assert '.safetensors or .pth' in said['weights']
     named = said['policy'].split('count: ')[1].split(';')[0].split(', ')
-    assert set(named) == set(experiment._policies)
+    assert set(named) == set(experiment.named_policies)
 
 
 def test_commands_are_functions(there):
@@ -752,7 +752,7 @@ def test_commands_are_functions(there):
 
 
 def test_a_log_has_a_line_for_each_tenth(capsys):
-    progress = cli._Progress(1003)
+    progress = cli.Progress(1003)
     for i in range(1003):
         progress.update(i + 1)
     progress.close()
@@ -776,6 +776,6 @@ def test_advice_is_in_words_of_the_command_line():
     from fixmatch_fastai import check, record
 
     slow = "Let workers prepare images while the model trains: `dls.unlabeled_dl(files, num_workers=4)`."
-    assert cli._in_options(slow) == 'Let workers prepare images while the model trains: --workers.' and slow[:40] in Path(check.__file__).read_text()
-    assert '--policy freematch' in cli._in_options(record._warnings['none_counts']) and '`' not in cli._in_options(record._warnings['none_counts'])
-    assert cli._in_options('replaced, such as a.png (OSError): `learn.fix_match.damaged` lists them.') == 'replaced, such as a.png (OSError).'
+    assert cli.in_options(slow) == 'Let workers prepare images while the model trains: --workers.' and slow[:40] in Path(check.__file__).read_text()
+    assert '--policy freematch' in cli.in_options(record._warnings['none_counts']) and '`' not in cli.in_options(record._warnings['none_counts'])
+    assert cli.in_options('replaced, such as a.png (OSError): `learn.fix_match.damaged` lists them.') == 'replaced, such as a.png (OSError).'

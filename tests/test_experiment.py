@@ -591,10 +591,10 @@ def test_a_folder_by_another_path(folder, capsys, monkeypatch):
 
 def test_stopped_while_it_writes(monkeypatch, capsys):
     "All is trained: only what was not written is written"
-    real = experiment._save_csv
-    monkeypatch.setattr(experiment, '_save_csv', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = experiment.save_csv
+    monkeypatch.setattr(experiment, 'save_csv', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(SMALL) == 130
-    monkeypatch.setattr(experiment, '_save_csv', real)
+    monkeypatch.setattr(experiment, 'save_csv', real)
     assert main(SMALL) == 0
     assert 'nothing is left to train' in capsys.readouterr().out and Path('experiments/digits_20_fixed/seed_0/result.json').exists()
 

@@ -40,6 +40,8 @@ KNOWS = dict(
     callback=['core', 'batch', 'policy', 'record'], record=['core', 'policy'], show=['core', 'batch', 'callback', 'policy', 'record'],
     ema=[], recipe=['core', 'batch', 'callback', 'policy', 'record', 'show', 'ema'],
     checkpoint=['core', 'batch', 'callback', 'policy', 'record', 'ema'],
+    check=['core', 'augment', 'data', 'policy', 'batch', 'callback', 'record', 'ema', 'checkpoint'],
+    interpret=['core', 'augment', 'data', 'policy', 'uncertainty', 'batch', 'callback', 'record', 'show'],
     self_training=['core', 'augment', 'data', 'policy', 'uncertainty', 'batch', 'callback', 'record', 'show', 'checkpoint', 'ema', 'recipe', 'check'],
     meta_pseudo_labels=['core', 'batch', 'callback', 'policy', 'record'], warm_start=['core', 'augment', 'data'],
     experiment=['core', 'augment', 'data', 'policy', 'uncertainty', 'batch', 'callback', 'record', 'show', 'ema', 'recipe', 'checkpoint', 'check', 'interpret'],
