@@ -44,7 +44,8 @@ from .checkpoint import SaveFixMatch
 from .core import replacing
 from .data import WeakTransform, digits_path, split_labeled
 from .ema import ModelEMA
-from .experiment import CommandError, check_readable, EpochTable, in_options, logged_lines, warnings_as_notes, without_formulas, named_policies, Progress, save_csv, save_figure, to_stderr, unknown_name, small_cnn
+from .console import CommandError, Progress, in_options, to_stderr, unknown_name, warnings_as_notes
+from .experiment import EpochTable, check_readable, logged_lines, named_policies, save_csv, save_figure, small_cnn, without_formulas
 from .interpret import PseudoLabelInterpretation
 from .recipe import probe # with `fine_tune_fixmatch`
 from .self_training import compare_supervised, predictions
