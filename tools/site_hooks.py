@@ -1,4 +1,4 @@
-"Formulas as MathML, which browsers show without scripts."
+"Formulas as MathML, which browsers show without scripts; and no page asks another host for anything."
 
 import html
 import re
@@ -20,3 +20,10 @@ def on_page_content(content, page, **_):
 
     content = re.sub(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', formula, content, flags=re.S)
     return re.sub(r'<t[dh].*?</t[dh]>', lambda m: m[0].replace(r'\|', '|'), content, flags=re.S)  # code in tables: code hosts want the backslash
+
+
+def on_post_page(output, page, **_):
+    fetched = re.search(r'<(?:img|script|iframe|source)\b[^>]*\ssrc="(?:https?:)?//[^"]*|<link\b[^>]*rel="stylesheet"[^>]*"(?:https?:)?//[^"]*', output)
+    if fetched:
+        raise SystemExit(f'{page.file.src_path} loads something from another host: keep a copy in docs/ ({fetched[0]}).')
+    return output
