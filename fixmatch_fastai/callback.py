@@ -93,8 +93,12 @@ class FixMatch(Callback):
     order,run_valid = 5,False
     # what stays behind in copies, pickles and exports
     _stateattrs = ('unlabeled_dl','stream','checked','_pending','_setup','_before_lr_find')
-    unlabeled_dl = stream = teacher = checked = _learn = _pending = _setup = _before_lr_find = _early = None
-    lambda_u,warmup,forward_mode,_seated,_n_damaged = 1.,0.,'joint',False,0
+    # what those were made without, and exports of earlier versions
+    unlabeled_dl = stream = teacher = checked = None
+    _learn = _pending = _setup = _before_lr_find = _early = None
+    lambda_u,warmup = 1.,0.
+    forward_mode = 'joint'
+    _seated,_n_damaged = False,0
     preflight = None # the room `check` puts a quick one here
 
     def __init__(self,
@@ -103,7 +107,8 @@ class FixMatch(Callback):
         lambda_u:float=1.0,    # Weight of the unlabelled loss, 0 or more (λ_u); or a schedule, as `SchedLin(0, 1)`
         T:float=1.0,           # Temperature of the confidence, above 0; below 1 it sharpens
         policy:Policy=None,    # Which pseudo-labels count; default `FixedThreshold(threshold, T)`
-        forward:str='joint',   # `'split'`: weak views first, without gradient; `'selective'`: then strong ones that count
+        # `'joint'`: one pass; `'split'`: weak views first, without gradient; `'selective'`: then strong ones that count
+        forward:str='joint',
         teacher:Callback=None, # A `ModelEMA` whose average makes the pseudo-labels; default: the model
         warmup:float=0.        # Share of the fit, 0 to below 1, at its beginning that is on labelled images alone
     ):
@@ -329,8 +334,8 @@ def before_train(self:FixMatch):
 
 def _check_has_steps(train):
     if not hasattr(train, '__len__') or len(train) > 0: return
-    raise ValueError(f"There are fewer labelled images ({len(train.dataset)}) than the batch size ({batch_size_of(train) or '?'}), "
-                     "so an epoch has no step: use `dls.repeat_train(100)` for epochs of 100 full batches, "
+    n,bs = len(train.dataset),batch_size_of(train) or '?'
+    raise ValueError(f"There are fewer labelled images ({n}) than the batch size ({bs}), so an epoch has no step: use `dls.repeat_train(100)` for epochs of 100 full batches, "
                      "or a smaller `bs`.")
 
 # %% ../nbs/04_callback.ipynb #fafc7ecd
