@@ -335,7 +335,8 @@ def before_train(self:FixMatch):
 def _check_has_steps(train):
     if not hasattr(train, '__len__') or len(train) > 0: return
     n,bs = len(train.dataset),batch_size_of(train) or '?'
-    raise ValueError(f"There are fewer labelled images ({n}) than the batch size ({bs}), so an epoch has no step: use `dls.repeat_train(100)` for epochs of 100 full batches, "
+    raise ValueError(f"There are fewer labelled images ({n}) than the batch size ({bs}), "
+                     "so an epoch has no step: use `dls.repeat_train(100)` for epochs of 100 full batches, "
                      "or a smaller `bs`.")
 
 # %% ../nbs/04_callback.ipynb #fafc7ecd
