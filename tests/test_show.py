@@ -1,14 +1,27 @@
 "The pictures of a fit show what happened: by class, thresholds that move, which pairs are picked"
 
-import copy
 import warnings
+from copy import deepcopy
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import quiet_fit, tiny_net
-from fastai.vision.all import Callback, CategoryBlock, DataBlock, ImageBlock, IndexSplitter, Learner, PILImageBW, accuracy, parent_label, set_seed
+from fastai.vision.all import (
+    CategoryBlock,
+    DataBlock,
+    ImageBlock,
+    IndexSplitter,
+    Learner,
+    PILImageBW,
+    Resize,
+    accuracy,
+    parent_label,
+    set_seed,
+)
+from in_memory import memory
 
 from fixmatch_fastai.all import (
     UDA,
@@ -20,7 +33,6 @@ from fixmatch_fastai.all import (
     FreeMatch,
     PseudoLabelInterpretation,
     PseudoLabels,
-    SaveFixMatch,
     SemiBatch,
     SoftMatch,
     plot_to_label,
@@ -36,41 +48,69 @@ def no_figures_left():
     plt.close('all')
 
 
-def test_by_class_by_hand():
-    "Two spans of ten steps; class 2 is never said"
+# --- counts by class
+
+
+def recorder_of(*steps, n_classes=3):
+    "A recorder after steps whose pseudo-labels are `targets` and `weights`"
     rec = SemiRecorder()
     rec.start()
-    for step in range(25):
-        targets, weights = torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.0, 0.5])
-        rec.add(
-            torch.tensor(1.0), torch.tensor(1.0), 2, PseudoLabels(targets, weights if step < 10 else 2 * weights / 2 + torch.tensor([0, 1.0, 0])), None, None, 3
-        )
+    add(rec, *steps, n_classes=n_classes)
+    return rec
+
+
+def add(rec, *steps, n_classes=3):
+    for targets, weights in steps:
+        pseudo = PseudoLabels(torch.tensor(targets), torch.tensor(weights))
+        rec.add(torch.tensor(1.0), torch.tensor(1.0), 2, pseudo, n_classes=n_classes)
+
+
+FEW, MORE = ([0, 0, 1], [1.0, 0.0, 0.5]), ([0, 0, 1], [1.0, 1.0, 0.5])
+
+
+def test_by_class_by_hand():
+    "Two spans of ten steps; class 2 never comes"
+    rec = recorder_of(*[FEW] * 10, *[MORE] * 15)
     o = rec.by_class
     assert o['step'].tolist() == [10, 20] and o['said'].tolist() == [[20, 10, 0]] * 2 and 'threshold' not in o
     np.testing.assert_array_equal(o['share'], [[0.5, 0.5, np.nan], [1, 0.5, np.nan]])
     rec.start()
     assert len(rec.by_class['step']) == 2, 'kept until training begins'
-    rec.add(torch.tensor(1.0), torch.tensor(1.0), 2, PseudoLabels(torch.tensor([0]), torch.tensor([1.0])), None, None, 3)
+    add(rec, ([0], [1.0]))
     assert rec.by_class == {}
 
 
 def test_soft_targets_are_counted_as_their_likeliest_class():
-    rec = SemiRecorder()
-    rec.start()
-    for _ in range(10):
-        rec.add(torch.tensor(1.0), torch.tensor(1.0), 2, PseudoLabels(torch.tensor([[0.1, 0.9], [0.6, 0.4]]), torch.ones(2)), None, None, 2)
+    rec = recorder_of(*[([[0.1, 0.9], [0.6, 0.4]], [1.0, 1.0])] * 10, n_classes=2)
     assert rec.by_class['said'].tolist() == [[10, 10]]
+
+
+def test_spans_go_on_after_a_resume():
+    "A span in whose midst a run stops is neither lost nor counted twice"
+    whole = recorder_of(*[FEW] * 15, *[MORE] * 10).by_class
+    later = SemiRecorder()
+    later.restore(recorder_of(*[FEW] * 15).snapshot())
+    add(later, *[MORE] * 10)
+    assert whole['step'].tolist() == later.by_class['step'].tolist() == [10, 20]
+    for name in ('said', 'share'):
+        np.testing.assert_array_equal(whole[name], later.by_class[name])
 
 
 @pytest.mark.parametrize(
     'policy, moves',
-    [(FixedThreshold(0.2), False), (FlexMatch(0.2), True), (FreeMatch(decay=0.5), True), (SoftMatch(decay=0.5), True), (AdaMatch(), False), (UDA(), False)],
+    [
+        (FixedThreshold(0.2), False),
+        (FlexMatch(0.2), True),
+        (FreeMatch(decay=0.5), True),
+        (SoftMatch(decay=0.5), True),
+        (AdaMatch(), False),
+    ],
     ids=repr,
 )
-def test_sums_agree_with_the_history(make_learner, policy, moves):
+def test_sums_by_class_agree_with_the_history(make_learner, policy, moves):
     learn = make_learner(fixmatch={'threshold': 0.95, 'policy': policy})
     quiet_fit(learn, 4, 1e-2)
-    o, history = learn.fix_match._recorder.by_class, learn.fix_match.history
+    o, history = learn.semi_recorder.by_class, learn.fix_match.history
     assert o['step'].tolist() == list(range(1, 13)), 'few steps: each by itself'
     assert (o['said'].sum(1) == 8).all()
     np.testing.assert_allclose(np.nansum(o['said'] * o['share'], 1) / 8, history.mask_rate, atol=1e-6)
@@ -78,33 +118,34 @@ def test_sums_agree_with_the_history(make_learner, policy, moves):
     assert len(axs) == 3 + moves and [ax.get_title() for ax in axs][2] == 'pseudo-labels of each class that count'
     assert [o.get_text() for o in axs[2].get_yticklabels()] == [str(i) for i in range(10)]
     quiet_fit(learn, 1)
-    assert len(learn.fix_match._recorder.by_class['step']) == 3, 'of the last fit only'
+    assert len(learn.semi_recorder.by_class['step']) == 3, 'of the last fit only'
 
 
-def test_thresholds_are_what_counts():
+@pytest.mark.parametrize(
+    'policy',
+    [FixedThreshold(0.6), FlexMatch(0.8), FreeMatch(lower=0.7, decay=1.0), Dash(warmup=0, C=0.3, every=100)],
+    ids=lambda o: type(o).__name__,
+)
+def test_thresholds_are_what_counts(policy):
     "An image a little above its class's threshold counts, one a little below does not"
     g = torch.Generator().manual_seed(0)
-    for policy in (FixedThreshold(0.6), FlexMatch(0.8), FreeMatch(lower=0.7, decay=1.0), Dash(warmup=0, C=0.3)):
-        policy.setup(3, 50, None)
-        batch = lambda n: SemiBatch(
-            idxs=torch.randint(0, 50, (n,), generator=g),
-            logits_weak=3 * torch.randn(n, 3, generator=g),
-            logits_x=torch.randn(4, 3, generator=g),
-            y=torch.tensor([0, 1, 2, 0]),
-        )
-        for _ in range(8):
-            policy(batch(40))
-        needed, b = policy.thresholds().expand(3).clone(), batch(200)
-        if isinstance(policy, Dash):
-            policy.step.fill_(5)  # the bound neither starts anew nor falls in between
-            needed = policy.thresholds().expand(3).clone()
-        targets, weights = policy(b)
-        if targets.ndim == 2:
-            targets = targets.argmax(1)
-        confidence = b.probs.max(1).values
-        far = (confidence - needed[targets]).abs() > 1e-4
-        assert torch.equal((weights > 0)[far], (confidence >= needed[targets])[far]), policy
-        assert 0 < (weights > 0).sum() < 200, policy
+    policy.setup(3, 50, None)
+
+    def batch(n):
+        weak, labeled = (torch.randn(o, 3, generator=g) for o in (n, 4))
+        idxs = torch.randint(0, 50, (n,), generator=g)
+        return SemiBatch(idxs=idxs, logits_weak=3 * weak, logits_x=labeled, y=torch.tensor([0, 1, 2, 0]))
+
+    for _ in range(8):
+        policy(batch(40))
+    needed, b = policy.thresholds().expand(3).clone(), batch(200)
+    targets, weights = policy(b)
+    if targets.ndim == 2:
+        targets = targets.argmax(1)
+    confidence = b.probs.max(1).values
+    far = (confidence - needed[targets]).abs() > 1e-4
+    assert torch.equal((weights > 0)[far], (confidence >= needed[targets])[far])
+    assert 0 < (weights > 0).sum() < 200
 
 
 def test_dash_asks_for_certainty_while_it_warms_up():
@@ -113,72 +154,22 @@ def test_dash_asks_for_certainty_while_it_warms_up():
     assert policy.thresholds() == 1
 
 
-def test_spans_go_on_after_a_resume(make_learner, tmp_path):
-    "A span that an epoch ends in the midst of is neither lost nor counted twice"
-    spans = lambda learn: learn.fix_match._recorder.by_class
-    make = lambda: make_learner(cbs=[SaveFixMatch(resume=True)], path=tmp_path)
-    whole, first, second = make_learner(path=tmp_path / 'other'), make(), make()
-    for learn in (whole, first, second):
-        learn.fix_match._recorder._span = lambda: 2  # three steps an epoch
-    set_seed(1)
-    quiet_fit(whole, 4)
-
-    class Stop(Callback):
-        def before_epoch(self):
-            if self.epoch == 3:
-                raise KeyboardInterrupt
-
-    set_seed(1)
-    with pytest.raises(KeyboardInterrupt):
-        quiet_fit(first, 4, cbs=Stop())
-    quiet_fit(second, 4)
-    a, b = spans(whole), spans(second)
-    assert a['step'].tolist() == b['step'].tolist() == [2, 4, 6, 8, 10, 12]
-    np.testing.assert_array_equal(a['said'], b['said'])
+# --- pairs
 
 
-def test_a_copy_holds_no_counts(make_learner):
-    learn = make_learner()
-    learn.fix_match._recorder._span = lambda: 100
-    quiet_fit(learn, 1)
-    assert learn.fix_match._recorder._said is not None
-    assert copy.deepcopy(SemiRecorder())._said is None and '_said' in SemiRecorder._stateattrs
-
-
-def test_a_policy_must_answer_in_pictures_too(make_learner):
-    class Wrong(FixedThreshold):
-        def forward(self, batch):
-            return super().forward(batch).targets
-
-    learn = make_learner(fixmatch={'threshold': 0.95, 'policy': Wrong()})
-    with pytest.raises(TypeError, match=r'Wrong must return `PseudoLabels\(targets, weights\)`'):
-        learn.fix_match.show_pseudo_labels()
-    with pytest.raises(TypeError, match='Wrong must return'):
-        quiet_fit(learn, 1)
-
-
-def test_a_bool_may_say_what_counts(make_learner):
-    class Bools(FixedThreshold):
-        def forward(self, batch):
-            targets, weights = super().forward(batch)
-            return targets, weights > 0
-
-    a, b = (make_learner(fixmatch={'threshold': 0.95, 'policy': cls(0.2)}) for cls in (FixedThreshold, Bools))
-    for learn in (a, b):
-        set_seed(1)
-        quiet_fit(learn, 1)
-    assert a.fix_match.history.equals(b.fix_match.history)
-
-
-def shown(fig):
+def confidences(fig):
     return [float(ax.get_title().split()[1]) for ax in fig.axes if ax.get_title()]
 
 
-def test_which_pairs(make_learner):
+def test_which_pairs_are_shown(make_learner):
     learn = make_learner(fixmatch={'threshold': 0.25})
     quiet_fit(learn, 2, 1e-2)
     fm = learn.fix_match
-    seeded = lambda **kwargs: (set_seed(3), shown(fm.show_pseudo_labels(**kwargs)))[1]
+
+    def seeded(**kwargs):
+        set_seed(3)
+        return confidences(fm.show_pseudo_labels(**kwargs))
+
     whole = seeded(max_n=8)
     assert len(whole) == 8, 'a batch of mu · bs'
     assert seeded(max_n=3, which='confident') == sorted(whole, reverse=True)[:3]
@@ -196,16 +187,17 @@ def test_most_disagreement_first(make_learner):
     set_seed(3)
     batch, _, _, strong = fm.peek(None, labeled=False)
     with torch.no_grad():
-        learn.model.eval()
-        losses = torch.nn.functional.cross_entropy(learn.model(finished(strong, learn.dls)), batch.logits_weak.argmax(1), reduction='none')
+        logits = learn.model.eval()(finished(strong, learn.dls))
+    losses = F.cross_entropy(logits, batch.logits_weak.argmax(1), reduction='none')
     set_seed(3)
     expected = batch.probs.max(1).values[losses.argsort(descending=True)[:4]]
-    assert shown(fm.show_pseudo_labels(4, which='disagree')) == [int(100 * o) / 100 for o in expected.tolist()]
+    assert confidences(fm.show_pseudo_labels(4, which='disagree')) == [int(100 * o) / 100 for o in expected.tolist()]
 
 
-# --- long names --------------------------------------------------------------------------------------------------------------------------
+# --- long names
 
-NAMES = ['great_crested_grebe_male', 'n02099601_golden_retriever', 'horse', 'frog', 'automobile', 'airplane', 'deer', 'ship', 'truck', 'cat']
+NAMES = ['great_crested_grebe_male', 'n02099601_golden_retriever', 'automobile', 'airplane']
+NAMES += ['horse', 'frog', 'deer', 'ship', 'truck', 'cat']
 
 
 def named(o):
@@ -218,11 +210,12 @@ def long_names(digits, pool, tmp_path):
     labeled, rest = split_labeled(digits, parent_label, 20, seed=0)
     items = labeled + rest[:20]
     set_seed(0)
-    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock(vocab=NAMES)), get_y=named, splitter=IndexSplitter(range(20, 40)))
-    dls = block.dataloaders(items, bs=4, num_workers=0).repeat_train(6)
-    learn = Learner(
-        dls, tiny_net(), metrics=accuracy, path=tmp_path, cbs=FixMatch(dls.unlabeled_dl(pool, mu=2, num_workers=0, label_func=named), policy=FlexMatch())
+    block = DataBlock(
+        (ImageBlock(PILImageBW), CategoryBlock(vocab=NAMES)), get_y=named, splitter=IndexSplitter(range(20, 40))
     )
+    dls = block.dataloaders(items, bs=4, num_workers=0).repeat_train(6)
+    fix_match = FixMatch(dls.unlabeled_dl(pool, mu=2, num_workers=0, label_func=named), policy=FlexMatch())
+    learn = Learner(dls, tiny_net(), metrics=accuracy, path=tmp_path, cbs=fix_match)
     quiet_fit(learn, 2, 1e-2)
     return learn
 
@@ -270,28 +263,50 @@ def test_the_confusion_matrix_keeps_its_size(long_names):
     assert sizes[0] > 0.8 * sizes[1]
 
 
-# --- which fit -----------------------------------------------------------------------------------------------------------------------------
+# --- what pictures look at, and leave alone
 
 
-def test_lr_find_leaves_the_history(make_learner):
+def test_peek(make_learner):
     learn = make_learner(fixmatch=dict(policy=FlexMatch(), threshold=0.95))
-    quiet_fit(learn, 2)
-    before, spans = learn.fix_match.history, learn.fix_match._recorder.by_class['step'].tolist()
-    quiet_fit(learn, method='lr_find', num_it=8, show_plot=False)
-    assert learn.fix_match.history.equals(before) and learn.fix_match._recorder.by_class['step'].tolist() == spans
+    learn.model[0][1].eval()  # as BnFreeze leaves it
+    flags, stats = [m.training for m in learn.model.modules()], deepcopy(learn.model.state_dict())
+    batch, truth, weak, strong = learn.fix_match.peek(5)
+    assert batch.x.shape == (4, 1, 16, 16) and batch.logits_x.shape == (4, 10) and batch.y.shape == (4,)
+    assert batch.weak.shape == (5, 1, 16, 16) and batch.logits_weak.shape == (5, 10)
+    assert batch.idxs.shape == truth.shape == (5,)
+    assert weak.shape == strong.shape == (5, 1, 16, 16) and not batch.logits_weak.requires_grad
+    assert flags == [m.training for m in learn.model.modules()]
+    assert all(torch.equal(v, stats[k]) for k, v in learn.model.state_dict().items())
+    with torch.no_grad():
+        expected = learn.model.eval()(batch.weak)
+    torch.testing.assert_close(batch.logits_weak, expected)
+    assert learn.fix_match.peek(2, labeled=False)[0].x is None
 
-    class Stop(Callback):
-        def after_step(self):
-            if self.train_iter == 3:
-                raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), learn.added_cbs(Stop()):
-        quiet_fit(learn, method='lr_find', num_it=8, show_plot=False)
-    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, Stop) or type(cb).__name__ == 'LRFinder'])
-    learn.validate()
-    assert learn.fix_match.history.equals(before)
+@pytest.mark.parametrize('policy', [AdaMatch(), Dash(warmup=0), FlexMatch(), UDA(0.1)], ids=lambda o: type(o).__name__)
+def test_pictures_change_no_policy_and_no_model(make_learner, policy):
+    learn = make_learner(fixmatch=dict(policy=policy, threshold=0.95))
+    learn.fix_match.show_pseudo_labels(3)  # before training too
     quiet_fit(learn, 1)
-    assert len(learn.fix_match.history) == 3
+    learn.model.train()
+    before, weights = memory(learn), deepcopy(learn.model.state_dict())
+    assert len(learn.fix_match.show_pseudo_labels(3).axes) == 6
+    assert all(torch.equal(v, before[k]) for k, v in memory(learn).items())
+    assert all(torch.equal(v, weights[k]) for k, v in learn.model.state_dict().items())
+    assert learn.model.training
+
+
+def test_pictures_follow_progressive_resizing(make_dls, make_learner):
+    learn = make_learner()
+    quiet_fit(learn, 1)
+    learn.dls = make_dls(item_tfms=Resize(24))
+    seen = []
+    learn.model.register_forward_pre_hook(lambda m, x: seen.append(tuple(x[0].shape[1:])))
+    learn.fix_match.show_pseudo_labels(3)
+    assert seen == [(1, 24, 24)]
+
+
+# --- which fit
 
 
 def test_a_fit_of_its_own_can_be_plotted(make_learner):
@@ -304,10 +319,11 @@ def test_a_fit_of_its_own_can_be_plotted(make_learner):
         fm.show_pseudo_labels()
 
 
-def test_a_head_that_trains_alone_is_not_told_to_be_unsure(make_dls, pool, tmp_path):
+def test_no_warning_of_a_head_that_trains_alone(make_dls, pool, tmp_path):
     dls = make_dls(n_batches=20)
     fm = FixMatch(dls.unlabeled_dl(pool, mu=1, num_workers=0), threshold=1.0, T=4.0)
-    learn = Learner(dls, tiny_net(), metrics=accuracy, path=tmp_path, cbs=fm, splitter=lambda m: [list(m[0].parameters()), list(m[1:].parameters())])
+    splitter = lambda m: [list(m[0].parameters()), list(m[1:].parameters())]
+    learn = Learner(dls, tiny_net(), metrics=accuracy, path=tmp_path, cbs=fm, splitter=splitter)
     learn.freeze()
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
