@@ -15,7 +15,8 @@ from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = 'fixmatch_fastai'
-TREE = ['settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md', 'CHANGELOG.md', PACKAGE, 'nbs', 'tests', 'tools']
+TREE = ['settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md', 'CHANGELOG.md', PACKAGE]
+TREE += ['nbs', 'tests', 'tools']  # which must stay outside
 IMPORT = f"""
 from pathlib import Path
 import {PACKAGE}.all
@@ -25,10 +26,11 @@ assert file.is_relative_to(Path.cwd().parent/'installed'), f'imported from {{fil
 
 
 def run(*args, cwd, **env):
-    "Run Python quietly; on failure show what it said"
+    "Run Python quietly; on failure show what it printed"
     res = subprocess.run([sys.executable, *args], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
     if res.returncode:
-        sys.exit(f'{res.stdout}{res.stderr}\nThe wheel check failed at: python {" ".join(map(str, args))[:200].strip()}')
+        command = ' '.join(map(str, args))[:200].strip()
+        sys.exit(f'{res.stdout}{res.stderr}\nThe wheel check failed at: python {command}')
     return res.stdout
 
 
@@ -60,13 +62,15 @@ def main():
         strange = sorted(o for o in inside - modules if not o.split('/')[0].endswith('.dist-info'))
         expect(not strange, f'The wheel holds more than the modules: {", ".join(strange)}.')
 
-        run('-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', '--disable-pip-version-check', '--target', installed, wheels[0], cwd=tmp)
+        pip = ['-m', 'pip', '--disable-pip-version-check', 'install', '--quiet', '--no-deps', '--no-index']
+        run(*pip, '--target', installed, wheels[0], cwd=tmp)
         run('-c', IMPORT, cwd=elsewhere, PYTHONPATH=str(installed))
         for script in ini['DEFAULT']['console_scripts'].split('\n'):
             name = script.split('=')[0].strip()
-            expect((installed / 'bin' / name).exists(), f'The wheel installs no command `{name}`: see console_scripts in settings.ini.')
-            said = run(installed / 'bin' / name, '--help', cwd=elsewhere, PYTHONPATH=str(installed))
-            expect('usage' in said.lower(), f'`{name} --help` says nothing about its usage.')
+            command = installed / 'bin' / name
+            expect(command.exists(), f'The wheel installs no command `{name}`: see console_scripts in settings.ini.')
+            usage = run(command, '--help', cwd=elsewhere, PYTHONPATH=str(installed))
+            expect('usage' in usage.lower(), f'`{name} --help` shows no usage.')
     print(f'{wheels[0].name} builds from its sdist, installs and imports.')
 
 

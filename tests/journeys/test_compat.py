@@ -3,33 +3,34 @@
 import sys
 from pathlib import Path
 
+import fastai
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / 'tools'))
-import compat  # noqa: E402
+import compat
 
-PINS = {'fastai': '2.8.7', 'plum-dispatch': '2.5.8'}
+PACKAGE = Path(compat.ROOT) / 'fixmatch_fastai/__init__.py'
 
 
-def found(imported='2.8.7', installed='2.8.7', package=ROOT / 'fixmatch_fastai/__init__.py', unmet=()):
-    return dict(imported={'fastai': imported}, installed={'fastai': installed, 'plum-dispatch': '2.5.8'}, package=str(package), unmet=list(unmet))
+def wrong(imported='2.8.7', package=PACKAGE, unmet=()):
+    "What `compat.check` finds where fastai 2.8.7 and plum-dispatch 2.5.8 should be"
+    pins = {'fastai': '2.8.7', 'plum-dispatch': '2.5.8'}
+    found = dict(imported={'fastai': imported}, installed=pins, package=str(package), unmet=list(unmet))
+    return list(compat.check('kaggle', pins, found))
 
 
-def test_check():
-    assert list(compat.check('kaggle', PINS, found())) == []
-    assert list(compat.check('kaggle', PINS, found(imported='2.8.12'))) == ['kaggle should have fastai 2.8.7, but imports 2.8.12.']
-    assert list(compat.check('kaggle', PINS, found(unmet=['timm needs torch, but there is None']))) == ['kaggle: timm needs torch, but there is None.']
-    (wrong,) = compat.check('kaggle', PINS, found(package='/elsewhere/fixmatch_fastai/__init__.py'))
-    assert 'not the package beside it' in wrong
+def test_wrong_versions_are_noticed():
+    assert wrong() == []
+    assert wrong(imported='2.8.12') == ['kaggle should have fastai 2.8.7, but imports 2.8.12.']
+    unmet = 'timm needs torch, but there is None'
+    assert wrong(unmet=[unmet]) == [f'kaggle: {unmet}.']
+    (sentence,) = wrong(package='/elsewhere/fixmatch_fastai/__init__.py')
+    assert 'not the package beside it' in sentence
 
 
-def test_look_tells_what_is_imported():
-    import fastai
-
+def test_versions_are_those_imported():
     here = compat.look(sys.executable, ['fastai', 'timm'])
     assert here['imported']['fastai'] == fastai.__version__ and here['unmet'] == []
-    assert f'fastai {fastai.__version__}' in compat.said(here)
+    assert f'fastai {fastai.__version__}' in compat.in_one_line(here)
 
 
 def test_unknown_environment():
