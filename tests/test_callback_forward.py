@@ -53,6 +53,7 @@ def trained(forward, net, policy=None, data=None, n_epoch=1, cbs=()):
 # --- what is computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['convnext_atto', 'vit_tiny_patch16_224', 'no_bn'])
 def test_gradients_are_the_joint_passes_without_batchnorm(name):
     "Loss and gradients, to 1e-5, in float32 without dropout"

@@ -327,6 +327,7 @@ class NoneCounts(Policy):
         return PseudoLabels(torch.arange(n) % 10, torch.zeros(n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('warmup,warned', [(0.1, True), (0.5, False)])
 def test_trouble_is_of_unlabelled_steps(make_dls, make_learner, warmup, warned):
     "108 or 60 of 120 steps on unlabelled images, none of which counts: a hundred are asked for"
@@ -537,6 +538,7 @@ PLACES = ['alone', 'behind', 'before', 'fixmatch to fit', 'both to fit', 'teache
 PLACES += ['teacher to the learner, fixmatch to fit']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where', PLACES)
 def test_teacher_given_anywhere(make_learner, where):
     "Wherever it is given, one and the same average makes the labels, validates and is what is left; twice"

@@ -235,6 +235,7 @@ def assert_legible(fig):
     plt.close(fig)
 
 
+@pytest.mark.slow
 def test_long_names_are_legible(long_names):
     fm, interp = long_names.fix_match, PseudoLabelInterpretation.from_learner(long_names)
     fm.unlabeled_dl.show_batch()

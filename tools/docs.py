@@ -152,7 +152,7 @@ def converted(nb):
 
 
 def linked(text, source, dest, names):
-    "`text` of `source` as it reads at `dest`: links to notebooks lead to pages, names of symbols to what tells of them"
+    "`text` of `source` as it reads at `dest`: notebooks become pages, names of symbols lead to their documentation"
 
     def from_dest(page):
         return relpath(page, dirname(dest) or '.')
