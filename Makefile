@@ -7,7 +7,7 @@ LONG := ^(when_it_does_not_help|own_policy|cifar10|photos)\.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint check links wheel notebooks nightly unit test-compat matrix bench bench-photos bench-policies bench-self-training outputs docs pages readme export format clean
+.PHONY: help demo test lint check links wheel notebooks nightly unit quick test-compat hooks release matrix bench bench-photos bench-policies bench-self-training outputs docs pages readme export format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,9 @@ unit: $(READY) ## Run the tests in tests/
 	@echo '--- tests'
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+quick: $(READY) ## Run those tests that take less than three seconds each, in two minutes or so
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m quick
+
 test-compat: $(READY) ## Run the tests with the versions of Kaggle and Colab; one of them with ENV=kaggle, options of pytest in ARGS
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/compat.py $(ENV) -- $(ARGS)
 
@@ -88,9 +91,19 @@ export: $(READY) ## Clean the notebooks and write the modules from them
 	@$(BIN)/nbdev-clean
 	@$(BIN)/nbdev-export
 
-format: $(READY) ## Format what is written by hand: setup.py, tools/ and tests/
-	@$(BIN)/ruff check --quiet --select I --fix setup.py tools tests
-	@$(BIN)/ruff format setup.py tools tests
+format: $(READY) ## Format what is written by hand: setup.py, tools/, tests/ and benchmarks/
+	@$(BIN)/ruff check --quiet --select I --fix setup.py tools tests benchmarks
+	@$(BIN)/ruff format setup.py tools tests benchmarks
+
+hooks: $(READY) ## Have git clean and merge notebooks, and, where pre-commit is installed, check each commit
+	@$(BIN)/nbdev-install-hooks
+	@if command -v pre-commit >/dev/null; then pre-commit install; \
+	  else echo 'There is no pre-commit: `pip install pre-commit` and `make hooks` for checks before each commit.'; fi
+
+release: ## Run everything that is checked, build sdist and wheel in dist/, and print how to upload them
+	@git diff --quiet HEAD || { echo 'There are changes without a commit: commit them before a release.' >&2; exit 1; }
+	@$(MAKE) --no-print-directory test
+	@$(BIN)/python tools/check_wheel.py --keep dist
 
 clean: ## Remove what can be built again; .venv stays
 	@rm -rf build dist _site _proc ./*.egg-info .pytest_cache .ruff_cache

@@ -1,11 +1,12 @@
-"""What works beside FixMatch on a GPU: the rows of tests/matrix.py in single, half and bfloat16 precision and channels-last.
+"""What works beside FixMatch on a GPU: the rows of tests/journeys/matrix.py, also in half precision and channels-last.
 
     python benchmarks/gpu_matrix.py --device cuda                      all rows in all precisions, some minutes
     python benchmarks/gpu_matrix.py --device cuda --only MixUp fit     rows with these words in their names
-    python benchmarks/gpu_matrix.py --device cuda --processes 14       the same in a minute, where there are as many cores
+    python benchmarks/gpu_matrix.py --device cuda --processes 14       the same in a minute, on as many cores
 
-It needs pytest beside the package, and writes gpu_matrix.md with hardware and versions. On the CPU, fastai's mixed precision does
-nothing, and the networks return half-precision logits instead: that shows that the script runs, not that a GPU does.
+It needs pytest beside the package, and writes gpu_matrix.md with hardware and versions. On the CPU, fastai's mixed
+precision does nothing, and the networks return half-precision logits instead: that shows that the script runs, not that
+a GPU does.
 """
 
 import argparse
@@ -21,11 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-for folder in ('tests', 'tools'):
-    if str(HERE.parent / folder) not in sys.path:
-        sys.path.append(str(HERE.parent / folder))
-if str(HERE.parent) not in sys.path:
-    sys.path.append(str(HERE.parent))
+sys.path += [str(HERE.parent / o) for o in ('tests/journeys', 'tests', 'tools', '')]
 warnings.filterwarnings('ignore')  # before fastai is imported
 
 import pytest  # noqa: E402
@@ -40,7 +37,9 @@ VERSIONS = ['fastai', 'torch', 'torchvision', 'timm']
 
 def hardware(device):
     versions = ', '.join(f'{o} {__import__(o).__version__}' for o in VERSIONS)
-    name = f'{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}' if torch.device(device).type == 'cuda' else platform.machine()
+    name = platform.machine()
+    if torch.device(device).type == 'cuda':
+        name = f'{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}'
     return f'{name}, Python {platform.python_version()}, {versions}'
 
 
@@ -52,7 +51,8 @@ def outcome(row, bench):
     except pytest.skip.Exception as e:
         return f'not run: {e.msg}'
     except Exception as e:
-        return f'fails: {row.broken or type(e).__name__ + ": " + (str(e).strip().splitlines() or [""])[0][:200]}'
+        first_line = (str(e).strip().splitlines() or [''])[0][:200]
+        return f'fails: {type(e).__name__}: {first_line}'
     return 'works'
 
 
@@ -70,19 +70,20 @@ def trials(rows, device, precisions, processes):
             yield row, precision, trial(ROWS.index(row), device, precision)
         return
     with ProcessPoolExecutor(processes, get_context('spawn')) as pool:
-        outcomes = [pool.submit(trial, ROWS.index(row), device, precision) for row, precision in todo]
-        for (row, precision), said in zip(todo, outcomes):
-            yield row, precision, said.result()
+        running = [pool.submit(trial, ROWS.index(row), device, precision) for row, precision in todo]
+        for (row, precision), future in zip(todo, running):
+            yield row, precision, future.result()
 
 
 def page(results, device):
     "Row -> precision -> outcome, as Markdown"
-    columns = list(next(iter(results.values())))
-    lines = [[matrix_page.shown(name), *(o.split(':')[0] for o in said.values())] for name, said in results.items()]
-    kinds = [o.split(':')[0] for said in results.values() for o in said.values()]
+    columns = ['beside FixMatch', *(PRECISIONS[o] for o in next(iter(results.values())))]
+    rows = {name: [o.split(':')[0] for o in outcomes.values()] for name, outcomes in results.items()}
+    kinds = [o for row in rows.values() for o in row]
     counts = ', '.join(f'{kinds.count(o)} {o}' for o in dict.fromkeys(kinds))
-    title = '# What works beside FixMatch, on a GPU' if torch.device(device).type == 'cuda' else '# What works beside FixMatch, a trial on the CPU'
-    parts = [title, f'{hardware(device)}. {len(results)} rows: {counts}.', matrix_page.table(lines, ['beside FixMatch', *(PRECISIONS[o] for o in columns)])]
+    where = 'on a GPU' if torch.device(device).type == 'cuda' else 'a trial on the CPU'
+    table = matrix_page.table([[matrix_page.shown(name), *row] for name, row in rows.items()], columns)
+    parts = [f'# What works beside FixMatch, {where}', f'{hardware(device)}. {len(results)} rows: {counts}.', table]
     if why := matrix_page.notes(results, PRECISIONS):
         parts.append('\n'.join(why))
     return '\n\n'.join(parts) + '\n'
@@ -103,10 +104,10 @@ def main(argv=None):
         sys.exit(f'No row has {" or ".join(args.only)} in its name.')
     results = {o.name: {} for o in rows}
     start = time.time()
-    for row, precision, said in trials(rows, args.device, args.precision, args.processes):
-        results[row.name][precision] = said
-        if said != 'works':
-            print(f'{precision}, {row.name}: {said}', flush=True)
+    for row, precision, outcome in trials(rows, args.device, args.precision, args.processes):
+        results[row.name][precision] = outcome
+        if outcome != 'works':
+            print(f'{precision}, {row.name}: {outcome}', flush=True)
     print(f'{len(rows) * len(args.precision)} trials in {time.time() - start:.0f} s', flush=True)
     (args.out / 'gpu_matrix.md').write_text(page(results, args.device), encoding='utf-8')
 

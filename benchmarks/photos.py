@@ -1,13 +1,18 @@
 """Few labels on a pretrained network: what unlabelled photos are worth, and what plain FixMatch makes of them.
 
-    python benchmarks/photos.py --images trashnet-160.tar scenes-128.tar --weights mobilenetv2_100.safetensors     the table: a night on two cores
-    python benchmarks/photos.py ... --device cuda --processes 14                                                   the same in minutes, on a GPU with 16 cores
-    python benchmarks/photos.py ... --only probe labels recipe --labels 4 --seeds 1                                some of it
-    python benchmarks/photos.py ... --search                                                                       how the recipe's defaults were found
+    python benchmarks/photos.py --images trashnet-160.tar scenes-128.tar --weights mobilenetv2_100.safetensors
+        the table: a night on two cores
+    python benchmarks/photos.py ... --device cuda --processes 14
+        the same in minutes, on a GPU with 16 cores
+    python benchmarks/photos.py ... --only probe labels recipe --labels 4 --seeds 1
+        some of it
+    python benchmarks/photos.py ... --search
+        how the recipe's defaults were found
 
-A set of photos is a folder with a folder for each class, or such a folder in a tar. Images whose names begin with test_ are test images;
-where there are none, 600 are, equally many of each class, chosen once. `--search` sees training images alone: of these it holds a fifth out.
-Each run goes to photos.csv as it ends; what is there is not run again. At the end photos.md and photos.png are written.
+A set of photos is a folder with a folder for each class, or such a folder in a tar. Images whose names begin with test_
+are test images; where there are none, 600 are, equally many of each class, chosen once. `--search` sees training images
+alone: of these it holds a fifth out. Each run goes to photos.csv as it ends; what is there is not run again. At the end
+photos.md and photos.png are written.
 """
 
 import argparse
@@ -78,14 +83,15 @@ from fixmatch_fastai.all import (  # noqa: E402
 )
 
 HERE = Path(__file__).parent
-COLUMNS = ['images', 'labels', 'arm', 'seed', 'steps', 'accuracy', 'seconds', 'n_test', 'pool', 'mask_rate', 'pseudo_acc', 'options', 'hardware']
+COLUMNS = ['images', 'labels', 'arm', 'seed', 'steps', 'accuracy', 'seconds', 'n_test', 'pool']
+COLUMNS += ['mask_rate', 'pseudo_acc', 'options', 'hardware']
 
 
-# --- photos ------------------------------------------------------------------------------------------------------------------------------
+# --- photos
 
 
 def unpacked(source, store, size):
-    "The photos of a folder or tar in class folders under `store`, their shorter side `size` pixels, written once without loss"
+    "The photos of a folder or tar in class folders under `store`, the shorter side `size` pixels, written once"
     name = source.name.removesuffix('.tar')
     target = store / f'{name}-at-{size}'
     if target.exists():
@@ -128,10 +134,11 @@ def n_classes(files):
     return len({parent_label(o) for o in files})
 
 
-# --- arms --------------------------------------------------------------------------------------------------------------------------------
+# --- arms
 
 
-# fastai's Adam takes these steps too, in some two thousand small operations each: on a GPU that many processes share they are what takes time
+# fastai's Adam takes these steps too, in some two thousand small operations each: on a GPU that many processes share
+# they are what takes time
 adam = partial(OptimWrapper, opt=torch.optim.AdamW, betas=(0.9, 0.99), eps=1e-5, weight_decay=0.01)
 
 
@@ -188,25 +195,40 @@ class Light(Callback):
     order = -50
 
     def before_fit(self):
-        norms = {id(p) for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
-        for p in self.model[0].parameters():
-            p.requires_grad_(id(p) in norms)
+        self.model[0].requires_grad_(False)
+        for m in self.model[0].modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.requires_grad_(True)
 
 
-def recipe(photos, steps=300, policy='aligned', half_life=None, bs=8, mu=4, strong='timm', cutout=True, light=False, n_epoch=1, **kwargs):
+def recipe(
+    photos,
+    steps=300,
+    policy='aligned',
+    half_life=None,
+    bs=8,
+    mu=4,
+    strong='timm',
+    cutout=True,
+    light=False,
+    n_epoch=1,
+    **kwargs,
+):
     "`learn.fine_tune_fixmatch`, with any of its settings"
     learn = photos.learner(bs)
     pool = photos.unlabeled_dl(learn.dls, mu, strong, cutout)
     if half_life:
         kwargs['teacher'] = ModelEMA(half_life=half_life)
-    quiet(learn, partial(learn.fine_tune_fixmatch, pool, steps, policy=POLICIES[policy](), n_epoch=n_epoch, cbs=[Light()] * light, **kwargs))
+    fit = partial(learn.fine_tune_fixmatch, pool, steps, policy=POLICIES[policy](), n_epoch=n_epoch, **kwargs)
+    quiet(learn, partial(fit, cbs=[Light()] * light))
     return found(learn)
 
 
 def snippet(photos, steps=300, bs=8, mu=4):
     "What the README shows: `FixMatch` among the callbacks, and `fit_one_cycle`"
     learn = photos.learner(bs, epoch=steps // 3)
-    fix_match = FixMatch(photos.unlabeled_dl(learn.dls, mu), policy=AlignedLabels(), teacher=ModelEMA(half_life=40), warmup=0.4)
+    pool, teacher = photos.unlabeled_dl(learn.dls, mu), ModelEMA(half_life=40)
+    fix_match = FixMatch(pool, policy=AlignedLabels(), teacher=teacher, warmup=0.4)
     learn.add_cbs([fix_match, FrozenBatchNorm()])
     probe_head(learn)
     learn.unfreeze()
@@ -233,8 +255,10 @@ def tuned(photos, steps=300, bs=8, base_lr=3e-4, body_lr=0.3, half_life=None, li
     if table is not None:
         learn.dls = with_pseudo_labels(learn.dls, table, mu=4, strong=strong_augment(), bs=5 * bs).repeat_train(steps)
     lrs = base_lr * np.array([body_lr] * (len(learn.opt.param_lists) - 1) + [1.0])
-    cycle = ParamScheduler({'lr': partial(_times, combine_scheds([0.25, 0.75], [SchedCos(0.1, 1.0), SchedCos(1.0, 0.01)]), lrs)})
-    quiet(learn, partial(learn.fit, 1, cbs=[ModelEMA(half_life=half_life or max(1, steps / 8)), FrozenBatchNorm(), cycle] + [Light()] * light))
+    rise_and_fall = combine_scheds([0.25, 0.75], [SchedCos(0.1, 1.0), SchedCos(1.0, 0.01)])
+    cycle = ParamScheduler({'lr': partial(scaled, rise_and_fall, lrs)})
+    average = ModelEMA(half_life=half_life or max(1, steps / 8))
+    quiet(learn, partial(learn.fit, 1, cbs=[average, FrozenBatchNorm(), cycle] + [Light()] * light))
     return learn
 
 
@@ -249,15 +273,17 @@ def self_training(photos, steps=300, n_learners=0, share=0.25):
     for learn in learners:
         with learn.no_bar():
             tables.append(pseudo_label(learn, photos.pool, soft=True, num_workers=0))
+    vocab = np.array(learners[0].dls.vocab)
     probs = np.mean([o.filter(like='prob_') for o in tables], axis=0)
-    table = tables[0][['file']].assign(predicted=np.array(learners[0].dls.vocab)[probs.argmax(1)], confidence=probs.max(1).astype('float32'))
-    each = round(share * len(photos.pool) / len(learners[0].dls.vocab))
+    table = tables[0][['file']].assign(predicted=vocab[probs.argmax(1)], confidence=probs.max(1).astype('float32'))
+    each = round(share * len(photos.pool) / len(vocab))
     table = table.sort_values('confidence', ascending=False).groupby('predicted').head(each)
-    truth = table.file.map(parent_label)
-    return dict(accuracy=judged(tuned(photos, steps=steps, table=table)), mask_rate=len(table) / len(photos.pool), pseudo_acc=(table.predicted == truth).mean())
+    accuracy = judged(tuned(photos, steps=steps, table=table))
+    right = (table.predicted == table.file.map(parent_label)).mean()
+    return dict(accuracy=accuracy, mask_rate=len(table) / len(photos.pool), pseudo_acc=right)
 
 
-def _times(sched, lr, pos):
+def scaled(sched, lr, pos):
     return lr * sched(pos)
 
 
@@ -289,7 +315,8 @@ POLICIES = {
     'debiasmatch': partial(DebiasMatch, 0.8, decay=0.95),
     'debiasmatch margin': partial(DebiasMatch, 0.8, decay=0.95, margin=True),
 }
-PLAIN = dict(fixmatch=FixedThreshold, flexmatch=FlexMatch, freematch=FreeMatch, softmatch=SoftMatch, debiasmatch=DebiasMatch)
+PLAIN = dict(fixmatch=FixedThreshold, flexmatch=FlexMatch, freematch=FreeMatch, softmatch=SoftMatch)
+PLAIN['debiasmatch'] = DebiasMatch
 ARMS = {
     'probe': probed,
     'labels, fine_tune': fine_tuned,
@@ -328,14 +355,15 @@ TRIALS = [
 ]
 
 
-# --- runs --------------------------------------------------------------------------------------------------------------------------------
+# --- runs
 
 
 def hardware(device):
     name = torch.cuda.get_device_name() if device == 'cuda' else platform.machine()
     if device == 'cpu' and (info := Path('/proc/cpuinfo')).exists():
         name = re.search(r'model name\s*:\s*(.*)', info.read_text())[1] + ', one thread'
-    return f'{name}; Python {platform.python_version()}, torch {torch.__version__.split("+")[0]}, fastai {fastai.__version__}, timm {timm.__version__}'
+    versions = [f'{o.__name__} {o.__version__.split("+")[0]}' for o in (torch, fastai, timm)]
+    return f'{name}; {", ".join([f"Python {platform.python_version()}", *versions])}'
 
 
 def run(args, source, n_each, arm, seed, options):
@@ -346,21 +374,24 @@ def run(args, source, n_each, arm, seed, options):
     photos = Photos(args, folder, n_each, seed, args.search)
     func = dict(recipe=recipe, labels_alone=labels_alone)[arm] if args.search else ARMS[arm]
     result = func(photos, **{'steps': args.steps, **options})
-    row = dict(images=source.name.removesuffix('.tar'), labels=n_each, arm=arm, seed=seed, steps=options.get('steps', args.steps))
+    row = dict(images=source.name.removesuffix('.tar'), labels=n_each, arm=arm, seed=seed)
+    row['steps'] = options.get('steps', args.steps)
     row |= {k: round(float(v), 4) for k, v in result.items()}
     row |= dict(seconds=round(time.perf_counter() - start, 1), n_test=len(photos.test), pool=len(photos.pool))
     return row | dict(options=json.dumps(options), hardware=hardware(args.device))
 
 
-def key(row):
-    return row['images'], int(row['labels']), row['arm'], int(row['seed']), int(row['steps']), row['options']
+def key(images, labels, arm, seed, steps, options):
+    "What tells a run from others"
+    return images, int(labels), arm, int(seed), int(steps), options
 
 
 def done_before(file):
     if not file.exists():
         return set()
     with file.open(newline='', encoding='utf-8') as f:
-        return {key(o) for o in csv.DictReader(f)}
+        columns = 'images', 'labels', 'arm', 'seed', 'steps', 'options'
+        return {key(*(o[c] for c in columns)) for o in csv.DictReader(f)}
 
 
 def append(file, row):
@@ -379,85 +410,93 @@ def todo(args):
                     yield source, n_each, arm, seed, options
 
 
-# --- the page ----------------------------------------------------------------------------------------------------------------------------
+# --- the page
 
 ABOUT = """# Photos, measured
 
-`make bench-photos` prints this page; every run is a line of `benchmarks/photos.csv`. A pretrained network, a few labelled photos of each class, and the other training photos as a pool: what do they add to the labels, by which way?
+`make bench-photos` prints this page; every run is a line of `benchmarks/photos.csv`. A pretrained network, a few
+labelled photos of each class, and the other training photos as a pool: what do they add to the labels, by which way?
 
-| way | what it is |
-| --- | --- |
-| probe | a logistic regression on the frozen body's features, `probe(learn)`: a second of work |
-| labels, fine_tune | the labels alone, with fastai's `learn.fine_tune` and its defaults |
-| labels, probe head | the labels alone, with all that the recipe has but the pool: the probe as the head, BatchNorm frozen, small learning rates, averaged weights |
-| plain FixMatch and others | `FixMatch(unlabeled_dl)` among the callbacks of `learn.fine_tune`, with that policy's defaults |
-| self-training | on the labels and a table of pseudo-labels, which stay as they are: the surest of each class, a quarter of the pool, of the probe or of the mean of three learners on the labels alone (half as many steps each, on top); then as *labels, probe head*, with strong views |
-| snippet | the README's first lines: `FixMatch` with a teacher and a warm-up, and `fit_one_cycle` |
-| recipe | `learn.fine_tune_fixmatch(unlabeled_dl)` with its defaults |
-| recipe, another policy | the same with that policy |
+{ways}
 
-All ways take the same number of steps, of 8 labelled and, with the pool, 32 unlabelled photos; fastai's default head of two layers; the views of `FixMatchTransform`; photos of 96 pixels. The optimiser is fastai's Adam, or torch's AdamW with its settings, which takes the same steps in fewer operations. Test photos were used for nothing but this table. Ways that have no row have not been run.
+All ways take the same number of steps, of 8 labelled and, with the pool, 32 unlabelled photos; fastai's default head of
+two layers; the views of `FixMatchTransform`; photos of 96 pixels. The optimiser is fastai's Adam, or torch's AdamW with
+its settings, which takes the same steps in fewer operations. Test photos were used for nothing but this table. Ways
+that have no row have not been run.
 
 ![Accuracy over the number of labels](photos.png)
 """
+WAYS = {
+    'probe': "a logistic regression on the frozen body's features, `probe(learn)`: a second of work",
+    'labels, fine_tune': "the labels alone, with fastai's `learn.fine_tune` and its defaults",
+    'labels, probe head': 'the labels alone, with all that the recipe has but the pool: the probe as the head, '
+    'BatchNorm frozen, small learning rates, averaged weights',
+    'plain FixMatch and others': '`FixMatch(unlabeled_dl)` among the callbacks of `learn.fine_tune`, with that '
+    "policy's defaults",
+    'self-training': 'on the labels and a table of pseudo-labels, which stay as they are: the surest of each class, '
+    'a quarter of the pool, of the probe or of the mean of three learners on the labels alone (half as many steps '
+    'each, on top); then as *labels, probe head*, with strong views',
+    'snippet': "the README's first lines: `FixMatch` with a teacher and a warm-up, and `fit_one_cycle`",
+    'recipe': '`learn.fine_tune_fixmatch(unlabeled_dl)` with its defaults',
+    'recipe, another policy': 'the same with that policy',
+}
+
+
+def markdown(columns, rows):
+    return [f'| {" | ".join(o)} |' for o in [columns, ['---'] * len(columns), *rows]]
 
 
 def pm(o):
     return f'{100 * o.mean():.1f}' + (f' ± {100 * o.std():.1f}' if len(o) > 1 else '')
 
 
+ACCURACY = (
+    '{steps} steps, {counts}; accuracy in %, mean ± standard deviation over seeds; in brackets the gain over the '
+    'better of both ways with labels alone, on the same seeds.'
+)
+
+
 def table(rows, tried=None):
-    "Markdown: for each set of photos a row for each way, a column for each number of labels, and the gain over labels alone on the same seeds"
-    text = [ABOUT]
+    "Markdown: for each set of photos a row for each way, a column for each number of labels, and the gain of the pool"
+    text = [ABOUT.format(ways='\n'.join(markdown(['way', 'what it is'], WAYS.items())))]
     for (images, steps), part in rows.groupby(['images', 'steps'], sort=True):
         labels = sorted(part.labels.unique())
         counts = f'{part.n_test.iloc[0]} test photos, a pool of {part["pool"].iloc[0]:,}'
-        text += [
-            f'## {images}',
-            '',
-            f'{steps} steps, {counts}; accuracy in %, mean ± standard deviation over seeds; in brackets the gain over the better of both ways with labels alone, on the same seeds.',
-            '',
-        ]
-        text += ['| way | ' + ' | '.join(f'{o} labels a class' for o in labels) + ' |', '| --- ' * (len(labels) + 1) + '|']
-        for arm in (o for o in ARMS if o in set(part.arm)):
-            cells = [cell(part[part.labels == n], arm) for n in labels]
-            text.append(f'| {arm} | ' + ' | '.join(cells) + ' |')
-        text.append('')
-    where = [f'{", ".join(o for o in ARMS if o in set(part.arm))}: {hardware}' for hardware, part in rows.groupby('hardware')]
+        text += [f'## {images}', '', ACCURACY.format(steps=steps, counts=counts), '']
+        arms = [o for o in ARMS if o in set(part.arm)]
+        lines = [[arm, *(cell(part[part.labels == n], arm) for n in labels)] for arm in arms]
+        text += [*markdown(['way', *(f'{o} labels a class' for o in labels)], lines), '']
+    by_hardware = rows.groupby('hardware')
+    where = [f'{", ".join(o for o in ARMS if o in set(part.arm))}: {name}' for name, part in by_hardware]
     text += ['*' + '. '.join(where) + '.*', '']
     return '\n'.join(text + ([] if tried is None else searched(tried))).rstrip() + '\n'
 
 
 def searched(rows):
     "Markdown: what was tried for the defaults, on photos held out of the training photos"
-    sets, labels = sorted(rows.images.unique()), sorted(rows.labels.unique())
-    counts = '; '.join(f'{o}: {rows[rows.images == o].n_test.iloc[0]} photos held out, a pool of {rows[rows.images == o]["pool"].iloc[0]:,}' for o in sets)
+    by_set = {name: part for name, part in rows.groupby('images')}
+    labels = sorted(rows.labels.unique())
+    counts = [
+        f'{name}: {part.n_test.iloc[0]} photos held out, a pool of {part["pool"].iloc[0]:,}'
+        for name, part in by_set.items()
+    ]
     text = [
         '## How the defaults were found',
         '',
-        '`make bench-photos ARGS="--search ..."`: on training photos alone, of which a fifth is held out; mean accuracy in % over the seeds. ' + counts + '.',
+        '`make bench-photos ARGS="--search ..."`: on training photos alone, of which a fifth is held out; mean '
+        f'accuracy in % over the seeds. {"; ".join(counts)}.',
         '',
     ]
-    text += [
-        '| what differs from the defaults of the time (300 steps, base_lr 0.0003) | runs | '
-        + ' | '.join(f'{o}, {n} labels' for o in sets for n in labels)
-        + ' | mean |'
-    ]
-    text += ['| --- ' * (3 + len(sets) * len(labels)) + '|']
     lines = []
     for (arm, steps, options), o in rows.groupby(['arm', 'steps', 'options'], sort=False):
-        means = [100 * o[(o.images == i) & (o.labels == n)].accuracy.mean() for i in sets for n in labels]
-        settings = ', '.join(f'{k}={v}' for k, v in json.loads(options).items() if k != 'steps') or 'nothing'
+        means = [100 * o[(o.images == i) & (o.labels == n)].accuracy.mean() for i in by_set for n in labels]
+        settings = [f'{k}={v}' for k, v in json.loads(options).items() if k != 'steps'] or ['nothing']
+        settings += [f'{steps} steps'] * (steps != 300)
         name = 'labels alone' if arm == 'labels_alone' else 'recipe'
-        lines.append(
-            (
-                name,
-                f'| {name}: {settings}{", " + str(steps) + " steps" if steps != 300 else ""} | {len(o)} | '
-                + ' | '.join(f'{m:.1f}' for m in means)
-                + f' | {np.mean(means):.1f} |',
-            )
-        )
-    text += [line for _, line in sorted(lines, key=lambda o: o[0])]
+        lines.append([f'{name}: {", ".join(settings)}', str(len(o)), *(f'{m:.1f}' for m in [*means, np.mean(means)])])
+    lines.sort(key=lambda o: o[0].partition(':')[0])
+    what = 'what differs from the defaults of the time (300 steps, base_lr 0.0003)'
+    text += markdown([what, 'runs', *(f'{o}, {n} labels' for o in by_set for n in labels), 'mean'], lines)
     return text + ['', '*' + '; '.join(sorted(rows.hardware.unique())) + '*']
 
 
@@ -479,7 +518,8 @@ def picture(rows, file):
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
 
-    main = {'recipe': 'C0', 'snippet': 'C9', 'labels, probe head': 'C2', 'probe': 'C7', 'plain fixmatch': 'C3', 'labels, fine_tune': 'C1'}
+    main = {'recipe': 'C0', 'snippet': 'C9', 'labels, probe head': 'C2'}
+    main |= {'probe': 'C7', 'plain fixmatch': 'C3', 'labels, fine_tune': 'C1'}
     sets = sorted(rows.images.unique())
     fig, axs = plt.subplots(1, len(sets), figsize=(4.2 * len(sets), 3.4), layout='constrained', squeeze=False)
     for ax, images in zip(axs[0], sets):
@@ -488,11 +528,13 @@ def picture(rows, file):
         for i, (arm, color) in enumerate(main.items()):
             o = 100 * part[part.arm == arm].groupby('labels').accuracy.agg(['mean', 'std'])
             if len(o):
-                at = [labels.index(n) + 0.04 * (i - 2.5) for n in o.index]
-                ax.errorbar(at, o['mean'], yerr=o['std'].fillna(0), color=color, marker='o', ms=4, lw=1.5, elinewidth=0.8, label=arm)
-        ax.set(title=images, xlabel='labelled photos of each class', ylabel='test accuracy, %' if ax is axs[0, 0] else None)
+                xs = [labels.index(n) + 0.04 * (i - 2.5) for n in o.index]
+                style = dict(color=color, marker='o', ms=4, lw=1.5, elinewidth=0.8)
+                ax.errorbar(xs, o['mean'], yerr=o['std'].fillna(0), label=arm, **style)
+        ax.set(title=images, xlabel='labelled photos of each class')
         ax.set_xticks(range(len(labels)), labels)
         ax.grid(alpha=0.3)
+    axs[0, 0].set_ylabel('test accuracy, %')
     handles, names = axs[0, 0].get_legend_handles_labels()
     fig.legend(handles, names, loc='outside lower center', ncols=6, frameon=False, fontsize=8)
     fig.savefig(file, dpi=100)
@@ -521,9 +563,9 @@ def results(args, left, start):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--images', type=Path, nargs='+', required=True, help='folders or tars of photos in class folders')
+    parser.add_argument('--images', type=Path, nargs='+', required=True, help='folders or tars of class folders')
     parser.add_argument('--network', default='mobilenetv2_100', help='any of timm')
-    parser.add_argument('--weights', type=Path, help='safetensors file of its pretrained weights (default: they are downloaded)')
+    parser.add_argument('--weights', type=Path, help='safetensors file of its weights (default: downloaded)')
     parser.add_argument('--size', type=int, default=96, help='side of what the network sees, in pixels')
     parser.add_argument('--labels', type=int, nargs='+', default=[4, 8, 25], help='labelled photos of each class')
     parser.add_argument('--seeds', type=int, default=3)
@@ -541,15 +583,17 @@ def main(argv=None):
     for o in args.images:
         unpacked(o, args.store, args.size)
     done = done_before(file)
-    left = [o for o in todo(args) if (o[0].name.removesuffix('.tar'), o[1], o[2], o[3], o[4].get('steps', args.steps), json.dumps(o[4])) not in done]
+
+    def key_of(source, n_each, arm, seed, options):
+        steps = options.get('steps', args.steps)
+        return key(source.name.removesuffix('.tar'), n_each, arm, seed, steps, json.dumps(options))
+
+    left = [o for o in todo(args) if key_of(*o) not in done]
     print(f'{len(left)} runs to do, {len(done)} done before', flush=True)
     for n, row in enumerate(results(args, left, start), 1):
         append(file, row)
-        print(
-            f'{n}/{len(left)} {row["images"]} {row["labels"]} {row["arm"]} {row["options"]} seed {row["seed"]}: '
-            f'{100 * row["accuracy"]:.1f} % in {row["seconds"]:.0f} s',
-            flush=True,
-        )
+        which = '{images} {labels} {arm} {options} seed {seed}'.format(**row)
+        print(f'{n}/{len(left)} {which}: {100 * row["accuracy"]:.1f} % in {row["seconds"]:.0f} s', flush=True)
     if not args.search:
         write(args.out)
 

@@ -3,7 +3,7 @@
 import gc
 import multiprocessing
 import signal
-import tracemalloc  # noqa: F401  else pytest imports it as it reports an unclosed file, which can be in the midst of an import
+import tracemalloc  # noqa: F401  else pytest imports it to report an unclosed file, which can be within an import
 import warnings
 
 warnings.filterwarnings('ignore', category=FutureWarning)  # before fastai is imported
@@ -32,8 +32,17 @@ from fastai.vision.all import (
 from fixmatch_fastai.all import FixMatch, FixMatchTransform, digits_path, split_labeled, weak_augment
 
 matplotlib.use('agg')
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it, and so would those they start
+# a shell's background processes ignore Ctrl-C, and so would those they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items):
+    "`pytest -m quick` is all that is not slow"
+    for item in items:
+        if item.get_closest_marker('slow') is None:
+            item.add_marker('quick')
 
 
 def tiny_net(n_out=10, norm=NormType.Batch, n_in=1):
@@ -54,7 +63,11 @@ class Seen(Callback):
         self.grads, self.passes = None, []
 
     def before_fit(self):
-        self.hook = self.model.register_forward_pre_hook(lambda m, x: self.passes.append((len(x[0]), torch.is_grad_enabled())) if m.training else None)
+        self.hook = self.model.register_forward_pre_hook(self.note)
+
+    def note(self, model, inputs):
+        if model.training:
+            self.passes.append((len(inputs[0]), torch.is_grad_enabled()))
 
     def after_fit(self):
         self.hook.remove()
@@ -130,7 +143,17 @@ def make_dls(digits):
 def make_learner(make_dls, pool, tmp_path):
     "A learner with FixMatch, three steps an epoch"
 
-    def make(dls=None, model=None, fixmatch=None, loader=None, mu=2, label_func=parent_label, num_workers=0, cbs=(), **kwargs):
+    def make(
+        dls=None,
+        model=None,
+        fixmatch=None,  # Arguments of `FixMatch`
+        loader=None,  # Unlabelled images; default: `pool`
+        mu=2,
+        label_func=parent_label,
+        num_workers=0,
+        cbs=(),
+        **kwargs,
+    ):
         dls = make_dls() if dls is None else dls
         if loader is None:
             tfm = FixMatchTransform(weak=weak_augment(flip=False))

@@ -5,6 +5,11 @@ import re
 
 from latex2mathml.converter import convert
 
+FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.S)
+FETCHED = re.compile(
+    r'<(?:img|script|iframe|source)\b[^>]*\ssrc="(?:https?:)?//[^"]*'
+    r'|<link\b[^>]*rel="stylesheet"[^>]*"(?:https?:)?//[^"]*'
+)
 LETTERS = str.maketrans('1CENPQRZ', '𝟙ℂ𝔼ℕℙℚℝℤ')  # browsers take the letter itself, not the attribute
 
 
@@ -13,17 +18,20 @@ def on_page_content(content, page, **_):
         try:
             res = convert(html.unescape(m['tex']).strip(), display='block' if m['tag'] == 'div' else 'inline')
         except Exception as e:
-            raise SystemExit(f'{page.file.src_path}: cannot show the formula {m["tex"]!r} ({e!r}): write it more simply.') from e
+            sentence = f'cannot show the formula {m["tex"]!r} ({e!r}): write it more simply.'
+            raise SystemExit(f'{page.file.src_path}: {sentence}') from e
         if unknown := re.search(r'>(\\[a-zA-Z]+)', res):  # it would be shown as it is written
-            raise SystemExit(f'{page.file.src_path}: {unknown[1]} in the formula {m["tex"]!r} is not known: write it another way.')
+            sentence = f'{unknown[1]} in the formula {m["tex"]!r} is not known: write it another way.'
+            raise SystemExit(f'{page.file.src_path}: {sentence}')
         return re.sub(r' mathvariant="double-struck">(\w)', lambda m: '>' + m[1].translate(LETTERS), res)
 
-    content = re.sub(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', formula, content, flags=re.S)
-    return re.sub(r'<t[dh].*?</t[dh]>', lambda m: m[0].replace(r'\|', '|'), content, flags=re.S)  # code in tables: code hosts want the backslash
+    content = FORMULA.sub(formula, content)
+    # code in tables: code hosts want the backslash
+    return re.sub(r'<t[dh].*?</t[dh]>', lambda m: m[0].replace(r'\|', '|'), content, flags=re.S)
 
 
 def on_post_page(output, page, **_):
-    fetched = re.search(r'<(?:img|script|iframe|source)\b[^>]*\ssrc="(?:https?:)?//[^"]*|<link\b[^>]*rel="stylesheet"[^>]*"(?:https?:)?//[^"]*', output)
-    if fetched:
-        raise SystemExit(f'{page.file.src_path} loads something from another host: keep a copy in docs/ ({fetched[0]}).')
+    if fetched := FETCHED.search(output):
+        sentence = f'loads something from another host: keep a copy in docs/ ({fetched[0]}).'
+        raise SystemExit(f'{page.file.src_path} {sentence}')
     return output

@@ -1,4 +1,4 @@
-"The documentation of one symbol as Markdown, given to nbdev's show_doc: heading, signature, docstring, arguments, methods."
+"The documentation of one symbol as Markdown, for nbdev's show_doc: heading, signature, docstring, arguments, methods."
 
 import inspect
 import re
@@ -30,7 +30,8 @@ class Symbol(ShowDocRenderer):
         args = [('returns' if name == 'return' else f'`{name}`', arg.docment) for name, arg in self.dm.dm.items()]
         if '.' in self.nm and not self.docs and not any(doc for _, doc in args):
             return ''  # an event of fastai's, such as `FixMatch.before_batch`: nobody calls it
-        parts = [f'{heading}{self.signature()}\n```', self.docs, table('argument', args), table('method', self.methods())]
+        parts = [f'{heading}{self.signature()}\n```', self.docs]
+        parts += [table('argument', args), table('method', self.methods())]
         return '\n\n'.join(o for o in parts if o)
 
     def signature(self):
@@ -39,7 +40,8 @@ class Symbol(ShowDocRenderer):
             return f'class {self.nm}({", ".join(o.__name__ for o in self.sym.__bases__)})'
         returns = self.dm.dm['return'].anno
         returns = '' if returns is inspect.Parameter.empty else f' -> {inspect.formatannotation(returns)}'
-        *args, returns = (re.sub(r':NoneType|(?<=[:> ])([A-Za-z_]\w*\.)+', '', o).replace(' | ', '|') for o in [*(o for o, _ in self.dm.params), returns])
+        short = lambda o: re.sub(r':NoneType|(?<=[:> ])([A-Za-z_]\w*\.)+', '', o).replace(' | ', '|')
+        args, returns = [short(o) for o, _ in self.dm.params], short(returns)
         sig = f'{self.nm}({", ".join(args)}){returns}'
         return sig if len(sig) <= WIDTH else '\n    '.join([f'{self.nm}(', *(f'{o},' for o in args)]) + f'\n){returns}'
 

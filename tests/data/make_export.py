@@ -1,4 +1,7 @@
-"""Store a learner exported by this version, which later versions must load: run once at each release, `python tests/data/make_export.py`"""
+"""Store a learner exported by this version, which later versions must load
+
+Run once at each release: python tests/data/make_export.py
+"""
 
 import json
 import os
@@ -24,7 +27,16 @@ from fastai.vision.all import (
 )
 
 from fixmatch_fastai import __version__
-from fixmatch_fastai.all import FixMatch, FixMatchTransform, FlexMatch, ModelEMA, WeakTransform, digits_path, split_labeled, weak_augment
+from fixmatch_fastai.all import (
+    FixMatch,
+    FixMatchTransform,
+    FlexMatch,
+    ModelEMA,
+    WeakTransform,
+    digits_path,
+    split_labeled,
+    weak_augment,
+)
 
 os.chdir(Path(__file__).parent)
 file = Path(f'export_{__version__.replace(".", "_")}.pkl')
@@ -33,7 +45,8 @@ if file.exists():
 
 # Tensors, because `PILImage.create` is pickled with its bytecode, which another Python does not understand
 set_seed(0)
-items = [(TensorImageBW(np.array(PILImageBW.create(f))[None]), parent_label(f)) for f in get_image_files(digits_path()).sorted()]
+files = get_image_files(digits_path()).sorted()
+items = [(TensorImageBW(np.array(PILImageBW.create(f))[None]), parent_label(f)) for f in files]
 labeled, rest = split_labeled(items, ItemGetter(1), 80)
 valid, rest = split_labeled(rest, ItemGetter(1), 20)
 pool, rest = split_labeled(rest, ItemGetter(1), 50)
@@ -46,18 +59,19 @@ block = DataBlock(
 dls = block.dataloaders(labeled + valid, bs=16, num_workers=0).repeat_train(20)
 unlabeled_dl = dls.unlabeled_dl(pool, mu=2, tfm=FixMatchTransform(weak=weak_augment(flip=False)))
 net = nn.Sequential(ConvLayer(1, 8, stride=2), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10))
-learn = Learner(dls, net, metrics=accuracy, path='.', cbs=[FixMatch(unlabeled_dl, policy=FlexMatch(0.5)), ModelEMA(half_life=5)])
+cbs = [FixMatch(unlabeled_dl, policy=FlexMatch(0.5)), ModelEMA(half_life=5)]
+learn = Learner(dls, net, metrics=accuracy, path='.', cbs=cbs)
 with learn.no_bar():
     learn.fit_one_cycle(5, 3e-2)
     learn.export(file)
     cls, _, probs = learn.predict(rest[0])
 
-said = {
+expected = {
     'image': rest[0][0].tolist(),
     'class': cls,
     'probs': probs.tolist(),
     'vocab': list(dls.vocab),
     'memory': {n: v.tolist() for n, v in learn.fix_match.policy.state_dict().items()},
 }
-file.with_suffix('.json').write_text(json.dumps(said) + '\n')
-print(f'{file}: {file.stat().st_size} bytes, says {cls} with {probs.max():.2f}')
+file.with_suffix('.json').write_text(json.dumps(expected) + '\n')
+print(f'{file}: {file.stat().st_size} bytes, predicts {cls} with {probs.max():.2f}')

@@ -27,8 +27,6 @@ from fixmatch_fastai.all import (
     SoftMatch,
     split_labeled,
 )
-from fixmatch_fastai.batch import unpack
-from fixmatch_fastai.data import _EndlessBatches
 
 many = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
 few = settings(many, max_examples=25)
@@ -36,11 +34,11 @@ few = settings(many, max_examples=25)
 POLICIES = [FixedThreshold, UDA, FlexMatch, FreeMatch, SoftMatch, AdaMatch, Dash, DebiasMatch]
 
 
-# --- views -------------------------------------------------------------------------------------------------------------------------------
+# --- views
 
 
 @many
-@given(st.sampled_from(['L', 'RGB']), st.integers(1, 70), st.integers(1, 70), st.integers(0, 2**32 - 1), st.booleans())
+@given(st.sampled_from(['L', 'RGB']), *[st.integers(1, 70)] * 2, st.integers(0, 2**32 - 1), st.booleans())
 @example('L', 1, 1, 0, False)
 @example('RGB', 1, 40, 0, True)
 def test_views_of_any_size(mode, w, h, seed, normalised):
@@ -51,7 +49,9 @@ def test_views_of_any_size(mode, w, h, seed, normalised):
     tfm = FixMatchTransform([0.5] * channels, [0.2] * channels) if normalised else FixMatchTransform()
     for view in tfm(img):
         assert view.shape == (channels, h, w)
-        assert view.dtype == (torch.float32 if normalised else torch.uint8) and (not normalised or view.isfinite().all())
+        assert view.dtype == (torch.float32 if normalised else torch.uint8) and (
+            not normalised or view.isfinite().all()
+        )
     assert np.array_equal(np.array(img), before), 'the image itself is left as it is'
 
 
@@ -74,27 +74,32 @@ def test_cutout_of_any_size(w, h, size):
     assert out.shape == (h, w, 3)
 
 
-# --- the stream --------------------------------------------------------------------------------------------------------------------------
+# --- the stream
 
 
 @many
 @given(st.integers(1, 40), st.integers(1, 17), st.booleans(), st.integers(0, 99), st.integers(1, 4), st.integers(0, 6))
-def test_places_in_the_pool(n, bs, shuffle, seed, world, skip):
-    "Every pass gives each image once, whatever the batch size; the processes' shares are the whole; a stream goes on where another was"
-    ranks = [iter(_EndlessBatches(n, bs, shuffle, (seed, 0), r, world)) for r in range(world)]
-    steps = skip + math.ceil(2 * n / (bs * world))
+def test_streams_of_any_size(n, bs, shuffle, seed, world, skip):
+    "Every pass has each image once; the processes' shares are the whole; a stream goes on where another was"
+    from fixmatch_fastai.data import EndlessSampler, StreamPosition
+
+    def shares(drawn):
+        position = StreamPosition(seed, drawn)
+        return [iter(EndlessSampler(n, bs, shuffle, position, rank, world)) for rank in range(world)]
+
+    ranks, steps = shares(0), skip + math.ceil(2 * n / (bs * world))
     batches = [[next(o) for o in ranks] for _ in range(steps)]
     assert all(len(b) == bs for step in batches for b in step)
     together = [i for step in batches for b in step for i in b]
     for start in range(0, len(together) - n + 1, n):
         assert sorted(together[start : start + n]) == list(range(n))
-    later = [iter(_EndlessBatches(n, bs, shuffle, (seed, skip * bs * world), r, world)) for r in range(world)]
+    later = shares(skip * bs * world)
     assert [[next(o) for o in later] for _ in range(steps - skip)] == batches[skip:]
 
 
 @many
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(-3, 40), st.integers(0, 5))
-def test_split(labels, n, seed):
+def test_split_labeled_of_any_labels(labels, n, seed):
     items = [f'{i}/{c}' for i, c in enumerate(labels)]
     of = lambda o: o.split('/')[1]
     classes = set(map(of, items))
@@ -108,39 +113,27 @@ def test_split(labels, n, seed):
         assert {c: list(map(of, labeled)).count(c) for c in classes} == {c: n // len(classes) for c in classes}
 
 
-# --- unpacking and policies --------------------------------------------------------------------------------------------------------------
-
-leaf = st.sampled_from([None, 0, 'text', torch.zeros(2), torch.zeros(2, 3, 4, 4), torch.zeros(3, 3, 4, 4), torch.zeros(2, 3, 4, 5), torch.zeros(()), {}])
-shapes = st.recursive(leaf, lambda o: st.lists(o, max_size=4) | st.lists(o, max_size=4).map(tuple), max_leaves=6)
-
-
-@settings(many, max_examples=300)
-@given(shapes)
-def test_unpack_anything(batch):
-    "A batch of any shape is understood, or refused in a sentence"
-    try:
-        weak, strong, y, idxs = unpack(batch)
-    except (TypeError, ValueError) as e:
-        assert str(e).endswith('.') and len(str(e)) < 500
-    else:
-        assert weak.shape == strong.shape and weak.ndim > 2
-
+# --- policies
 
 numbers = st.floats(-80, 80, width=32)
+
+
+def rows(o, n):
+    return st.lists(o, min_size=n, max_size=n)
+
+
+def logits(draw, n, c):
+    return torch.tensor(draw(rows(rows(numbers, c), n)))
 
 
 @st.composite
 def batches(draw):
     c, m, b = draw(st.integers(2, 6)), draw(st.integers(1, 9)), draw(st.integers(1, 5))
-    logits = lambda n: torch.tensor(draw(st.lists(st.lists(numbers, min_size=c, max_size=c), min_size=n, max_size=n)))
+    n_batches = draw(st.integers(1, 3))
+    whole = lambda n, top: torch.tensor(draw(rows(st.integers(0, top), n)))
     return [
-        SemiBatch(
-            y=torch.tensor(draw(st.lists(st.integers(0, c - 1), min_size=b, max_size=b))),
-            idxs=torch.tensor(draw(st.lists(st.integers(0, 19), min_size=m, max_size=m))),
-            logits_x=logits(b),
-            logits_weak=logits(m),
-        )
-        for _ in range(draw(st.integers(1, 3)))
+        SemiBatch(y=whole(b, c - 1), idxs=whole(m, 19), logits_x=logits(draw, b, c), logits_weak=logits(draw, m, c))
+        for _ in range(n_batches)
     ]
 
 
@@ -155,21 +148,24 @@ def test_policies_on_any_logits(make, steps, data):
     for batch in steps:
         assume(batch.logits_weak.shape[1] == c)
         m = len(batch.logits_weak)
-        strong = torch.tensor(data.draw(st.lists(st.lists(numbers, min_size=c, max_size=c), min_size=m, max_size=m)), requires_grad=True)
+        strong = logits(data.draw, m, c).requires_grad_()
         with torch.no_grad():
             pseudo = policy(batch)
         targets, weights = pseudo
-        assert weights.shape == (m,) and weights.dtype == torch.float32 and (0 <= weights).all() and (weights <= 1).all()
+        assert weights.shape == (m,) and weights.dtype == torch.float32
+        assert (0 <= weights).all() and (weights <= 1).all()
         if targets.ndim == 2:
             torch.testing.assert_close(targets.sum(1), torch.ones(m))
         else:
-            assert targets.shape == (m,) and targets.dtype == torch.int64 and (0 <= targets).all() and (targets < c).all()
+            assert targets.shape == (m,) and targets.dtype == torch.int64
+            assert (0 <= targets).all() and (targets < c).all()
         loss = (weights * policy.loss(strong, pseudo)).mean() + policy.penalty(batch, pseudo, strong)
         assert loss.isfinite()
         if loss.requires_grad:
             loss.backward()
             assert strong.grad.isfinite().all()
-    assert all(o.isfinite().all() or o.isnan().all() for o in policy.state_dict().values() if o.is_floating_point())
+    memory = [o for o in policy.state_dict().values() if o.is_floating_point()]
+    assert all(o.isfinite().all() or o.isnan().all() for o in memory)
 
 
 @many
@@ -181,10 +177,11 @@ def test_fixed_threshold_is_its_formula(steps, threshold, T):
     assume(((confidence - threshold).abs() > 1e-5).all())
     targets, weights = FixedThreshold(threshold, T)(batch)
     assert weights.bool().equal(confidence >= threshold)
-    assert batch.probs.gather(1, targets[:, None])[:, 0].equal(batch.probs.max(1).values)  # one of the largest, where some are equal
+    # one of the largest, where some are equal
+    assert batch.probs.gather(1, targets[:, None])[:, 0].equal(batch.probs.max(1).values)
 
 
-# --- whole steps -------------------------------------------------------------------------------------------------------------------------
+# --- whole steps
 
 
 class Flat(nn.Module):
@@ -197,28 +194,38 @@ class Flat(nn.Module):
 
 
 @few
-@given(st.integers(1, 7), st.integers(1, 9), st.integers(2, 5), st.integers(1, 3), st.integers(1, 6), st.floats(0, 1), st.floats(0, 3), st.integers(0, 999))
+@given(
+    b=st.integers(1, 7),
+    m=st.integers(1, 9),
+    c=st.integers(2, 5),
+    channels=st.integers(1, 3),
+    size=st.integers(1, 6),
+    threshold=st.floats(0, 1),
+    lambda_u=st.floats(0, 3),
+    seed=st.integers(0, 999),
+)
 def test_a_step_is_the_formula(b, m, c, channels, size, threshold, lambda_u, seed):
     "Loss and gradient of any batch are those written down directly"
     torch.manual_seed(seed)
     x, y = torch.randn(b, channels, size, size + 1), torch.randint(0, c, (b,))
     weak, strong = torch.randn(2, m, channels, size, size + 1).unbind()
     net = Flat(channels * size * (size + 1), c)
-    logits = net(torch.cat([x, weak, strong]))
-    confidence, k = logits[b : b + m].detach().softmax(1).max(1)
+    logits_x, logits_weak, logits_strong = net(torch.cat([x, weak, strong])).split([b, m, m])
+    confidence, k = logits_weak.detach().softmax(1).max(1)
     assume(((confidence - threshold).abs() > 1e-5).all())
-    loss_x, loss_u = F.cross_entropy(logits[:b], y), ((confidence >= threshold) * F.cross_entropy(logits[b + m :], k, reduction='none')).mean()
+    counts = confidence >= threshold
+    loss_x = F.cross_entropy(logits_x, y)
+    loss_u = (counts * F.cross_entropy(logits_strong, k, reduction='none')).mean()
     expected = torch.autograd.grad(loss_x + lambda_u * loss_u, net.parameters())
-    learn = Learner(
-        DataLoaders([(x, y)], [(x, y)]), net, CrossEntropyLossFlat(), lr=0.0, cbs=FixMatch([(weak, strong)], threshold=threshold, lambda_u=lambda_u)
-    )
-    found = []
-    learn.add_cb(Grads(found))
+    fix_match = FixMatch([(weak, strong)], threshold=threshold, lambda_u=lambda_u)
+    found, dls = [], DataLoaders([(x, y)], [(x, y)])
+    learn = Learner(dls, net, CrossEntropyLossFlat(), lr=0.0, cbs=[fix_match, Grads(found)])
     quiet_fit(learn, 1)
     for a, e in zip(found, expected):
         torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-4)
     row = learn.fix_match.history.iloc[0]
-    assert [row.loss_x, row.loss_u, row.mask_rate] == pytest.approx([loss_x.item(), loss_u.item(), (confidence >= threshold).float().mean().item()], abs=1e-5)
+    numbers = [o.item() for o in (loss_x, loss_u, counts.float().mean())]
+    assert [row.loss_x, row.loss_u, row.mask_rate] == pytest.approx(numbers, abs=1e-5)
 
 
 class Grads(Callback):
@@ -236,6 +243,8 @@ def test_loaders_of_odd_shapes(make_dls, make_learner, pool, n_pool, bs, mu, n_b
     dls = make_dls(bs=bs, n_batches=n_batches if repeat else None)
     learn = make_learner(dls=dls, loader=dls.unlabeled_dl(pool[:n_pool], mu=mu, label_func=parent_label, num_workers=0))
     assert sum(len(b[2]) for b in dls.unlabeled_dl(pool[:n_pool], mu=mu).new(drop_last=False)) == n_pool
+    sizes = []
+    learn.fix_match.policy.register_forward_hook(lambda policy, batch, pseudo: sizes.append(len(batch[0].weak)))
     quiet_fit(learn, 1)
-    steps = learn.fix_match._recorder._steps
-    assert len(steps) == (n_batches if repeat else 20 // bs) and set(steps[:, 6]) == {mu * bs}
+    assert len(learn.fix_match.history) == (n_batches if repeat else 20 // bs)
+    assert set(sizes) == {mu * bs}

@@ -1,16 +1,19 @@
-"Each mistake gets one sentence that says what to do, before the first step, and the learner stays usable"
+"A mistake gets one sentence that says what to do, before the first step, and the learner stays usable"
 
 import pytest
 import torch
 from conftest import quiet_fit, tiny_net
-from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, nn
+from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, MixUp, nn
 
-from fixmatch_fastai.all import FixedThreshold, FixMatch, Policy, PseudoLabels, split_labeled
+from fixmatch_fastai.all import FixedThreshold, FixMatch, ModelEMA, Policy, PseudoLabels, split_labeled
 
 
-def loaders(y=None, x=None, n=2):
+def labeled(y=None, x=None):
+    "`DataLoaders` of two batches, which are one"
     y = torch.zeros(4, dtype=torch.long) if y is None else y
-    return [((torch.randn(4, 1, 16, 16),) if x is None else x) + (y,)] * n
+    x = torch.randn(4, 1, 16, 16) if x is None else x
+    batch = (*x, y) if isinstance(x, tuple) else (x, y)
+    return DataLoaders([batch] * 2, [batch] * 2)
 
 
 def views(n=8, shape=(1, 16, 16)):
@@ -40,9 +43,8 @@ def refused(dls, model, loader, exc, match, loss=None):
     ],
     ids=['multi-label', 'regression', 'binary', 'segmentation'],
 )
-def test_targets(y, match, loss):
-    dls = DataLoaders(loaders(y), loaders(y))
-    refused(dls, tiny_net(), views(), ValueError, match, loss)
+def test_targets_of_other_tasks(y, match, loss):
+    refused(labeled(y), tiny_net(), views(), ValueError, match, loss)
 
 
 class OneLogit(nn.Module):
@@ -55,10 +57,12 @@ class OneLogit(nn.Module):
 
 
 @pytest.mark.parametrize(
-    'model', [OneLogit(1), nn.Sequential(tiny_net(10), nn.Unflatten(1, (2, 5))), nn.Sequential(tiny_net(1), nn.Flatten(0))], ids=['one logit', 'a map', 'flat']
+    'model',
+    [OneLogit(1), nn.Sequential(tiny_net(10), nn.Unflatten(1, (2, 5))), nn.Sequential(tiny_net(1), nn.Flatten(0))],
+    ids=['one logit', 'a map', 'flat'],
 )
-def test_outputs(model):
-    refused(DataLoaders(loaders(), loaders()), model, views(), ValueError, 'end the model in a linear layer', lambda p, y: p.float().mean())
+def test_outputs_that_are_no_logits(model):
+    refused(labeled(), model, views(), ValueError, 'end the model in a linear layer', lambda p, y: p.float().mean())
 
 
 class TwoOutputs(OneLogit):
@@ -66,8 +70,8 @@ class TwoOutputs(OneLogit):
         return self.net(x), x
 
 
-def test_several_outputs():
-    refused(DataLoaders(loaders(), loaders()), TwoOutputs(10), views(), ValueError, 'the model returns \\(Tensor', lambda p, y: p[0].mean())
+def test_model_with_two_outputs():
+    refused(labeled(), TwoOutputs(10), views(), ValueError, 'the model returns \\(Tensor', lambda p, y: p[0].mean())
 
 
 class TwoInputs(OneLogit):
@@ -75,10 +79,9 @@ class TwoInputs(OneLogit):
         return self.net(a + b)
 
 
-def test_several_inputs():
+def test_model_with_two_inputs():
     x = (torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16))
-    dls = DataLoaders(loaders(x=x), loaders(x=x))
-    learn = refused(dls, TwoInputs(10), views(), ValueError, 'models with one input')
+    learn = refused(labeled(x=x), TwoInputs(10), views(), ValueError, 'models with one input')
     learn.validate()
 
 
@@ -98,8 +101,8 @@ def test_several_inputs():
     ],
     ids=['empty', 'used up', 'files', 'tensor', 'labelled', 'dict', 'unequal', 'size', 'channels', 'uint8'],
 )
-def test_unlabeled_loader(loader, exc, match):
-    learn = refused(DataLoaders(loaders(), loaders()), tiny_net(), loader, exc, match)
+def test_unlabeled_loaders_of_another_shape(loader, exc, match):
+    learn = refused(labeled(), tiny_net(), loader, exc, match)
     learn.remove_cb(FixMatch)
     learn.validate()
     quiet_fit(learn, 1, cbs=FixMatch(views()))
@@ -107,11 +110,11 @@ def test_unlabeled_loader(loader, exc, match):
 
 
 def test_labeled_images_that_are_not_floats():
-    data = [(torch.zeros(4, 1, 16, 16, dtype=torch.uint8), torch.zeros(4, dtype=torch.long))]
-    refused(DataLoaders(data, data), tiny_net(), views(), ValueError, 'must be floats, but are torch.uint8')
+    dls = labeled(x=torch.zeros(4, 1, 16, 16, dtype=torch.uint8))
+    refused(dls, tiny_net(), views(), ValueError, 'must be floats, but are torch.uint8')
 
 
-def test_arguments_of_the_loader(make_dls, pool):
+def test_wrong_arguments_of_loaders(make_dls, pool):
     dls = make_dls()
     for bad, exc, match in (
         (dict(items=pool[0].parent), TypeError, r'use `get_image_files\('),
@@ -134,14 +137,15 @@ def test_arguments_of_the_loader(make_dls, pool):
 def test_fewer_labels_than_bs(make_dls, make_learner, pool):
     dls = make_dls(bs=64, n_batches=None)
     learn = make_learner(dls=dls)
-    with pytest.raises(ValueError, match=r'fewer labelled images \(20\) than the batch size \(64\).*repeat_train\(100\)'):
+    fewer = r'fewer labelled images \(20\) than the batch size \(64\).*repeat_train\(100\)'
+    with pytest.raises(ValueError, match=fewer):
         quiet_fit(learn, 1)
     assert len(learn.validate()) == 2 and learn.predict(pool[0])
     learn.dls = dls.repeat_train(2)
     quiet_fit(learn, 1)
 
 
-def test_two_callbacks(make_learner, make_dls, pool):
+def test_two_fixmatch_callbacks(make_learner, make_dls, pool):
     learn = make_learner()
     with pytest.raises(ValueError, match='two FixMatch callbacks'):
         quiet_fit(learn, 1, cbs=FixMatch(make_dls().unlabeled_dl(pool)))
@@ -165,7 +169,7 @@ def test_two_callbacks(make_learner, make_dls, pool):
     ],
     ids=lambda o: str(o) if isinstance(o, dict) else '',
 )
-def test_arguments(kwargs, exc, match):
+def test_wrong_arguments_of_fixmatch(kwargs, exc, match):
     with pytest.raises(exc, match=match):
         FixMatch(views(), **kwargs)
 
@@ -177,7 +181,39 @@ class WrongShape(Policy):
 
 
 def test_policy_with_weights_that_would_broadcast():
-    learn = Learner(DataLoaders(loaders(), loaders()), tiny_net(), CrossEntropyLossFlat(), cbs=FixMatch(views(), policy=WrongShape()))
+    fix_match = FixMatch(views(), policy=WrongShape())
+    learn = Learner(labeled(), tiny_net(), CrossEntropyLossFlat(), cbs=fix_match)
     with pytest.raises(ValueError, match=r'WrongShape gives weights \(8, 1\) for losses \(8,\)'):
         quiet_fit(learn, 1)
     assert type(learn.loss_func) is CrossEntropyLossFlat
+
+
+def test_policy_that_returns_something_else(make_learner):
+    class TargetsAlone(FixedThreshold):
+        def forward(self, batch):
+            return super().forward(batch).targets
+
+    learn = make_learner(fixmatch={'threshold': 0.95, 'policy': TargetsAlone()})
+    with pytest.raises(TypeError, match=r'TargetsAlone must return `PseudoLabels\(targets, weights\)`'):
+        learn.fix_match.show_pseudo_labels()
+    with pytest.raises(TypeError, match='TargetsAlone must return'):
+        quiet_fit(learn, 1)
+
+
+TEACHER = '`teacher` must be a ModelEMA, but is'
+WARMUP = '`warmup` is a share of the fit, 0 or more and below 1, but got'
+
+
+@pytest.mark.parametrize(
+    'kwargs,exc,sentence',
+    [
+        (dict(teacher=ModelEMA), TypeError, f'{TEACHER} the class ModelEMA: use for example `teacher=ModelEMA('),
+        *((dict(teacher=o), TypeError, f'{TEACHER} a {type(o).__name__}: use') for o in (3, MixUp(), nn.Linear(1, 1))),
+        *((dict(warmup=o), ValueError, f'{WARMUP} {o!r}.') for o in (1, -0.1, True, 'a', None, float('nan'))),
+    ],
+    ids=str,
+)
+def test_wrong_teacher_or_warmup(kwargs, exc, sentence):
+    with pytest.raises(exc) as e:
+        FixMatch([], **kwargs)
+    assert str(e.value).startswith(sentence) and '\n' not in str(e.value)

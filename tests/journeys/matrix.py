@@ -1,7 +1,8 @@
 """The rows of the compatibility matrix: FixMatch and one more thing, trained for a few steps
 
-Each row is a function of a `Bench`, which makes tiny learners on one device and in one precision. tests/test_matrix.py runs the rows on the CPU,
-benchmarks/gpu_matrix.py on a GPU, also in half precision; tools/matrix_page.py makes a page of the results.
+Each row is a function of a `Bench`, which makes tiny learners on one device and in one precision. test_matrix.py runs
+the rows on the CPU, benchmarks/gpu_matrix.py on a GPU, also in half precision; tools/matrix_page.py makes a page of the
+results.
 """
 
 import math
@@ -92,17 +93,16 @@ class Row(NamedTuple):
     name: str  # What FixMatch is combined with; the id of the test
     says: str  # What is checked, beside what `Bench.trains` checks each time
     run: Callable  # Of a `Bench`; raises where something is wrong
-    broken: str = ''  # Why it fails at present, if it does
 
 
 ROWS = []
 
 
-def row(group, name, says, *args, broken=''):
+def row(group, name, says, *args):
     "Makes a row of a function of a `Bench`, and of `args` if there are any"
 
     def add(f):
-        ROWS.append(Row(group, name, says, lambda bench: f(bench, *args), broken))
+        ROWS.append(Row(group, name, says, lambda bench: f(bench, *args)))
         return f
 
     return add
@@ -125,10 +125,12 @@ def images():
     "Digits: 20 labelled, 10 to validate on, a pool of 100"
     files = get_image_files(digits_path()).sorted()
     labeled, rest = split_labeled(files, parent_label, 20, seed=0)
-    return list(labeled), list(split_labeled(rest, parent_label, 10, seed=0)[0]), list(split_labeled(rest, parent_label, 100, seed=1)[0])
+    valid, _ = split_labeled(rest, parent_label, 10, seed=0)
+    pool, _ = split_labeled(rest, parent_label, 100, seed=1)
+    return list(labeled), list(valid), list(pool)
 
 
-def _as_dtype(dtype, module, inputs, out):
+def cast_output(dtype, module, inputs, out):
     return out.to(dtype)
 
 
@@ -154,7 +156,7 @@ class Bench:
         self.path, self.device, self.precision = path, torch.device(device), precision
         self.teacher = teacher  # Makes a `ModelEMA` for FixMatch; one that a row has anyway is its teacher then
 
-    def at(self, precision):
+    def with_precision(self, precision):
         return Bench(self.path, self.device, precision, self.teacher)
 
     def dls(self, bs=4, n_batches=3, img_cls=PILImageBW, num_workers=0, **kwargs):
@@ -162,7 +164,8 @@ class Bench:
         labeled, test, _ = images()
         splitter = IndexSplitter(range(len(labeled), len(labeled) + len(test)))
         block = DataBlock(blocks=(ImageBlock(img_cls), CategoryBlock), get_y=parent_label, splitter=splitter)
-        dls = block.dataloaders(labeled + test, bs=bs, val_bs=len(test), num_workers=num_workers, device=self.device, **kwargs)
+        sizes = dict(bs=bs, val_bs=len(test), num_workers=num_workers)
+        dls = block.dataloaders(labeled + test, **sizes, device=self.device, **kwargs)
         return dls if n_batches is None else dls.repeat_train(n_batches)
 
     def learner(
@@ -170,7 +173,7 @@ class Bench:
         dls=None,  # Makes `DataLoaders`
         model=tiny_net,  # Makes a model
         loader=None,  # Makes an unlabelled loader of `dls`
-        policy=None,  # Makes a policy of `dls`; default: `FixedThreshold`, with fewer demands on a teacher, who is less sure
+        policy=None,  # Makes a policy of `dls`; default: `FixedThreshold`, lower for a teacher, who is less sure
         lambda_u=1.0,
         forward='joint',
         first=(),  # These make callbacks that stand before FixMatch in the list
@@ -182,7 +185,9 @@ class Bench:
         dls = dls() if dls else self.dls()
         loader = loader(dls) if loader else dls.unlabeled_dl(images()[2], mu=1, label_func=parent_label)
         first, cbs = ([cb() for cb in o] for o in (first, cbs))
-        teacher = next((cb for cb in first + cbs if isinstance(cb, ModelEMA)), None) or self.teacher() if self.teacher else None
+        teacher = None
+        if self.teacher:
+            teacher = next((cb for cb in first + cbs if isinstance(cb, ModelEMA)), None) or self.teacher()
         policy = policy(dls) if policy else FixedThreshold(0.11 if self.teacher else 0.15)
         fm = FixMatch(loader, policy=policy, lambda_u=lambda_u, forward=forward, teacher=teacher)
         cbs = [*first, fm, *cbs]
@@ -195,7 +200,8 @@ class Bench:
         elif self.precision == 'channels_last':
             learn.to_channelslast(init_scale=1024.0)
         if self.device.type == 'cpu' and self.precision != 'fp32':  # fastai's mixed precision does nothing there
-            learn.model.register_forward_hook(partial(_as_dtype, torch.bfloat16 if self.precision == 'bf16' else torch.float16))
+            dtype = torch.bfloat16 if self.precision == 'bf16' else torch.float16
+            learn.model.register_forward_hook(partial(cast_output, dtype))
         return learn
 
     def trains(
@@ -214,14 +220,16 @@ class Bench:
             set_seed(1)
             with quiet(o):
                 fit(o)
-        assert change(weights(learn), weights(without)), 'FixMatch changed nothing: the weights are those of the same training with lambda_u=0'
+        changed = change(weights(learn), weights(without))
+        assert changed, 'FixMatch changed nothing: the weights are those of the same training with lambda_u=0'
         self.sound(learn, steps, epochs, names, finite)
         assert learn.loss_func is loss_func, 'the loss function is not the one it was'
         return learn
 
     def sound(self, learn, steps, epochs, names=NAMES, finite=slice(-1)):
         "Loss back, steps counted, columns in their places and finite, nothing left running, and it predicts"
-        assert learn.fix_match.stream is None and not multiprocessing.active_children(), 'a loader still runs'
+        assert learn.fix_match.stream is None, 'a loader still runs'
+        assert not multiprocessing.active_children(), 'a loader still runs'
         history = learn.fix_match.history
         assert len(history) == steps, f'{len(history)} steps, not {steps}'
         assert np.isfinite(history[COLUMNS[:3]].values).all() and (history.loss_u >= 0).all()
@@ -388,12 +396,14 @@ def precision(bench, name, dtype):
             assert logits_strong.dtype == torch.float32
             return super().loss(logits_strong, pseudo)
 
-    learn = bench.at(name).trains(cbs=[lambda: Note('after_pred', dtypes, 4)], policy=lambda dls: Asks(0.15))
+    note = lambda: Note('after_pred', dtypes, 4)
+    learn = bench.with_precision(name).trains(cbs=[note], policy=lambda dls: Asks(0.15))
     assert set(learn.note.seen) == {dtype} and hasattr(learn, 'mixed_precision')
 
 
 for name, dtype in (('fp16', torch.float16), ('bf16', torch.bfloat16)):
-    row(PRECISION, f'to_{name}', 'logits are of half precision, the pseudo-labels are decided in float32', name, dtype)(precision)
+    says = 'logits are of half precision, the pseudo-labels are decided in float32'
+    row(PRECISION, f'to_{name}', says, name, dtype)(precision)
 
 
 @row(PRECISION, 'to_fp32', 'single precision again')
@@ -402,7 +412,7 @@ def to_fp32(bench):
         learn.to_fp16().to_fp32()
         learn.fit(2, 1e-2)
 
-    learn = bench.at('fp32').trains(go, cbs=[lambda: Note('after_pred', lambda cb: cb.pred.dtype, 4)])
+    learn = bench.with_precision('fp32').trains(go, cbs=[lambda: Note('after_pred', lambda cb: cb.pred.dtype, 4)])
     assert set(learn.note.seen) == {torch.float32} and not learn._grab_cbs(MixedPrecision)
 
 
@@ -413,7 +423,8 @@ CALLBACKS = "fastai's training callbacks"
 
 @row(CALLBACKS, 'GradientAccumulation', 'the optimiser steps once in two batches, by the count of labelled images')
 def gradient_accumulation(bench):
-    learn = bench.trains(cbs=[lambda: GradientAccumulation(8), lambda: Note('after_step', lambda cb: cb.train_iter, 70)])
+    note = lambda: Note('after_step', lambda cb: cb.train_iter, 70)
+    learn = bench.trains(cbs=[lambda: GradientAccumulation(8), note])
     assert len(learn.note.seen) == 3
 
 
@@ -426,7 +437,7 @@ def gradient_clip(bench):
     assert max(learn.note.seen) <= 0.0101 and max(learn.note.seen) > 0
 
 
-@row(CALLBACKS, 'TerminateOnNaN', 'a loss that is NaN ends the fit; the learner keeps its loss function and its columns')
+@row(CALLBACKS, 'TerminateOnNaN', 'a loss that is NaN ends the fit; loss function and columns are as they were')
 def terminate_on_nan(bench):
     class Break(Callback):
         def after_step(self):
@@ -462,7 +473,11 @@ def channels_last(bench):
     assert learn.model[0][0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
-@row(CALLBACKS, 'ShortEpoch', 'a cut epoch has its steps, and its columns are in their places, though fastai then leaves `train_loss` out')
+@row(
+    CALLBACKS,
+    'ShortEpoch',
+    'a cut epoch has its steps, and its columns are in their places, though fastai then leaves `train_loss` out',
+)
 def short_epoch(bench):
     bench.trains(dls=partial(bench.dls, n_batches=4), cbs=[lambda: ShortEpochCallback(0.5)], finite=slice(3, 6))
 
@@ -484,7 +499,8 @@ def mixing(bench, mix, first):
 for mix in (MixUp, CutMix):
     for first in (True, False):
         where = 'before' if first else 'behind'
-        row(MIXING, f'{mix.__name__} {where} FixMatch in the list', 'labelled images are mixed; the loss function comes back', mix, first)(mixing)
+        name = f'{mix.__name__} {where} FixMatch in the list'
+        row(MIXING, name, 'labelled images are mixed; the loss function comes back', mix, first)(mixing)
 
 
 # --- losses
@@ -496,8 +512,9 @@ def losses(bench, make):
     loss_func = make()
     learn = bench.trains(loss_func=loss_func)
     expected = loss_func(*logits(learn))
+    rtol = 1e-4 if bench.precision == 'fp32' else 1e-2
     with quiet(learn):
-        torch.testing.assert_close(learn.validate()[0], expected.item(), rtol=1e-2 if bench.precision != 'fp32' else 1e-4, atol=1e-5)
+        torch.testing.assert_close(learn.validate()[0], expected.item(), rtol=rtol, atol=1e-5)
 
 
 for name, make in {
@@ -523,13 +540,8 @@ def save_model(bench, monitor):
     values = [v[NAMES.index(monitor) - 1] for v in learn.recorder.values]
     best = min(values) if 'loss' in monitor else max(values)
     assert save.best == best
-    at = weights_at(learn, values.index(best))
-    assert not change(at, weights(learn)), 'the weights are not those of the best epoch'
-
-
-def weights_at(learn, epoch):
-    "After the last step of `epoch` of the last three"
-    return learn.note.seen[-9:][3 * epoch + 2]
+    weights_of_epochs = learn.note.seen[-9:][2::3]  # after the last step of each
+    assert not change(weights_of_epochs[values.index(best)], weights(learn)), 'these are not those of the best epoch'
 
 
 def early_stopping(bench, monitor):
@@ -544,9 +556,12 @@ def reduce_lr(bench, monitor):
 
 
 for monitor in ('valid_loss', 'mask_rate'):
-    row(TRACKERS, f'SaveModelCallback on {monitor}', 'the best epoch by this column is saved, and loaded at the end', monitor)(save_model)
-    row(TRACKERS, f'EarlyStoppingCallback on {monitor}', 'the fit ends where this column does not improve', monitor)(early_stopping)
-    row(TRACKERS, f'ReduceLROnPlateau on {monitor}', 'the learning rate falls where this column does not improve', monitor)(reduce_lr)
+    for name, says, f in (
+        ('SaveModelCallback', 'the best epoch by this column is saved, and loaded at the end', save_model),
+        ('EarlyStoppingCallback', 'the fit ends where this column does not improve', early_stopping),
+        ('ReduceLROnPlateau', 'the learning rate falls where this column does not improve', reduce_lr),
+    ):
+        row(TRACKERS, f'{name} on {monitor}', says, monitor)(f)
 
 
 def kept_tracker(bench, monitor):
@@ -673,37 +688,28 @@ for name, arch in {'torchvision': resnet18, 'timm': 'test_resnet'}.items():
 
 @row(LEARNERS, 'DataParallel', 'the model is wrapped; policies see the module')
 def data_parallel(bench):
-    learn = bench.trains(model=lambda: nn.DataParallel(tiny_net()), policy=lambda dls: FreeMatch(decay=0.5))
-    assert isinstance(learn.model, nn.DataParallel) and learn.fix_match._setup.labeler is learn.model.module
+    class Asks(FixedThreshold):
+        def setup(self, n_classes, n_unlabeled, model):
+            self.model = [model]
+
+    learn = bench.trains(model=lambda: nn.DataParallel(tiny_net()), policy=lambda dls: Asks(0.15))
+    assert isinstance(learn.model, nn.DataParallel) and learn.fix_match.policy.model[0] is learn.model.module
 
 
-# these have tests of their own, which the page lists too: where they are, which of them, and what they check
-SEVERAL, META = 'tests/test_multi_label.py', 'tests/test_meta_pseudo_labels.py'
+# files of tests that the page lists too, and what they check
 ELSEWHERE = {
-    'learn.distrib_ctx() with two processes': (
-        'tests/test_processes.py',
-        'not replica and not interleaving and not launcher',
+    'learn.distrib_ctx() with two processes, notebook_launcher': (
+        'tests/journeys/test_processes.py',
         'each process has its share, and the gradients are those of one',
     ),
-    'notebook_launcher': ('tests/test_processes.py', 'launcher', 'the same, from a notebook'),
-    'several labels in an image': (SEVERAL, 'all_of_fastai or three_forwards', 'columns, metrics, sigmoids, `export`; the three kinds of passes are equal'),
-    'several labels with MixUp, GradientAccumulation, ModelEMA, MixedPrecision': (
-        SEVERAL,
-        'beside or half_precision',
-        'the unlabelled images move the weights',
+    'several labels in an image': (
+        'tests/test_multi_label.py',
+        'columns, metrics, sigmoids, `export`; MixUp, GradientAccumulation, ModelEMA, MixedPrecision; Ctrl-C',
     ),
-    'several labels and Ctrl-C': (SEVERAL, 'interrupts or resumes', 'the loss is back, and training goes on'),
     'MetaPseudoLabels in place of FixMatch': (
-        META,
-        'by_hand or columns or monitored or lr_find or copy',
-        'equal to a loop by hand; columns, `lr_find`, copies',
+        'tests/test_meta_pseudo_labels.py',
+        'equal to a loop by hand; neighbours work for both networks, or are refused; Ctrl-C at every event',
     ),
-    'MetaPseudoLabels with neighbours': (
-        META,
-        'goes_with or gradient_clip or half_precision or refuses_neighbours',
-        'they work for both networks, or are refused with a reason',
-    ),
-    'MetaPseudoLabels and Ctrl-C': (META, 'interrupt or cancel or resumes', 'at every event; both networks go on'),
 }
 
 
@@ -760,7 +766,7 @@ def save_load(bench):
 
 # --- predictions
 
-PREDICTIONS = 'Predictions and pictures'
+PREDICTIONS = 'Predictions and pictures, also after Ctrl-C'
 
 
 def get_preds(learn):
@@ -779,7 +785,8 @@ def predict(learn):
 def validate(learn):
     loss, acc = learn.validate()
     out, y = logits(learn)
-    assert loss == pytest.approx(F.cross_entropy(out, y).item(), rel=2e-2) and acc == pytest.approx((out.argmax(1) == y).float().mean().item())
+    assert loss == pytest.approx(F.cross_entropy(out, y).item(), rel=2e-2)
+    assert acc == pytest.approx((out.argmax(1) == y).float().mean().item())
 
 
 def tta(learn):
@@ -794,24 +801,26 @@ def show_results(learn):
 
 
 def summary(learn):
-    said = str(learn.summary())
-    assert f'Total params: {sum(p.numel() for p in learn.model.parameters()):,}' in said
-    assert f'Loss function: {learn.loss_func}' in said and 'OneCallLoss' not in said
+    text = str(learn.summary())
+    assert f'Total params: {sum(p.numel() for p in learn.model.parameters()):,}' in text
+    assert f'Loss function: {learn.loss_func}' in text and 'OneCallLoss' not in text
 
 
 def interpretation(learn):
     interp = Interpretation.from_learner(learn)
     out, y = logits(learn)
     worst, _ = interp.top_losses(3)
-    torch.testing.assert_close(worst.float(), F.cross_entropy(out, y, reduction='none').topk(3).values.cpu(), atol=2e-2, rtol=2e-2)
+    expected = F.cross_entropy(out, y, reduction='none').topk(3).values.cpu()
+    torch.testing.assert_close(worst.float(), expected, atol=2e-2, rtol=2e-2)
     interp.plot_top_losses(2)
 
 
-def predictions(bench, use, interrupted):
+def predictions(bench, use):
     learn = bench.trains(lambda learn: learn.fit(1, 1e-2), 3, 1)
-    if interrupted:
-        with pytest.raises(KeyboardInterrupt):
-            quiet_fit(learn, 1, cbs=CtrlC())
+    with quiet(learn):
+        use(learn)
+    with pytest.raises(KeyboardInterrupt):
+        quiet_fit(learn, 1, cbs=CtrlC())
     with quiet(learn):
         use(learn)
     assert type(learn.loss_func) is CrossEntropyLossFlat
@@ -828,8 +837,7 @@ for use, name, says in (
     (summary, 'summary', "it counts the parameters, and names the user's loss function"),
     (interpretation, 'Interpretation', 'the largest losses are those of the model'),
 ):
-    row(PREDICTIONS, name, says + '; then training goes on', use, False)(predictions)
-    row(PREDICTIONS, f'{name} after Ctrl-C', says + ', though a fit was interrupted; then training goes on', use, True)(predictions)
+    row(PREDICTIONS, name, says + ', after a fit and after Ctrl-C in another; then training goes on', use)(predictions)
 
 
 # --- loaders
@@ -856,17 +864,18 @@ def finished(img):
     return (torch.from_numpy(np.array(img, dtype=np.float32))[None] / 255 - MEAN[0]) / STD[0]
 
 
+def torch_dl(files, transform, **kwargs):
+    return torch.utils.data.DataLoader(Opened(files, transform), **kwargs)
+
+
 def torch_dls(num_workers):
     labeled, test, _ = images()
-    train, valid = (
-        torch.utils.data.DataLoader(Opened(files, finished), batch_size=bs, shuffle=bs == 4, drop_last=bs == 4, num_workers=num_workers)
-        for files, bs in ((labeled[:12], 4), (test, 10))
-    )
-    return DataLoaders(train, valid)
+    train = torch_dl(labeled[:12], finished, batch_size=4, shuffle=True, drop_last=True, num_workers=num_workers)
+    return DataLoaders(train, torch_dl(test, finished, batch_size=10, num_workers=num_workers))
 
 
-def torch_views(dls, n=100, num_workers=0, **kwargs):
-    return torch.utils.data.DataLoader(Opened(images()[2][:n], FixMatchTransform(MEAN, STD)), **{'batch_size': 4, 'num_workers': num_workers, **kwargs})
+def torch_views(dls, n=100, **kwargs):
+    return torch_dl(images()[2][:n], FixMatchTransform(MEAN, STD), batch_size=4, **kwargs)
 
 
 def loaders(bench, labeled, unlabeled, num_workers):
@@ -881,16 +890,25 @@ def loaders(bench, labeled, unlabeled, num_workers):
         return len(multiprocessing.active_children())
 
     loader = partial(torch_views, num_workers=num_workers) if unlabeled == 'torch' else ours
-    how = dict(dls=dls, loader=loader, loss_func=CrossEntropyLossFlat(), cbs=[lambda: Note('after_pred', count, 70)])
+    note = lambda: Note('after_pred', count, 70)
+    how = dict(dls=dls, loader=loader, loss_func=CrossEntropyLossFlat(), cbs=[note])
     learn = bench.trains(lambda learn: learn.fit(1, 1e-2), 3, 1, **how)
-    assert num_workers <= min(learn.note.seen) <= max(learn.note.seen) <= 2 * num_workers  # those of fastai end before the epoch does
+    # those of fastai end before the epoch does
+    assert num_workers <= min(learn.note.seen) <= max(learn.note.seen) <= 2 * num_workers
     assert (learn.fix_match.history.pseudo_acc.dropna() >= 0).any()
 
 
-for labeled, unlabeled in (('fastai', 'fastai'), ('fastai', 'torch'), ('torch', 'fastai'), ('torch', 'torch')):
-    for n in (0, 2):
-        label = f'labelled images from {labeled}, unlabelled from {unlabeled}, {n} workers'
-        row(LOADERS, label, 'the truth is found for `pseudo_acc`; workers end with the fit', labeled, unlabeled, n)(loaders)
+# fastai's on both sides, without workers, are in all other rows
+for labeled, unlabeled, n in (
+    ('fastai', 'fastai', 2),
+    ('fastai', 'torch', 0),
+    ('torch', 'fastai', 2),
+    ('torch', 'torch', 0),
+    ('torch', 'torch', 2),
+):
+    label = f'labelled images from {labeled}, unlabelled from {unlabeled}, {n} workers'
+    says = 'the truth is found for `pseudo_acc`; workers end with the fit'
+    row(LOADERS, label, says, labeled, unlabeled, n)(loaders)
 
 
 POOLS = 'Unlabelled pools and short batches'
@@ -918,7 +936,8 @@ def sizes(cb):
 @row(POOLS, 'a pool shorter than a batch', 'its images are repeated until the batch is full')
 def short_pool(bench):
     look = [lambda: Note('before_batch', sizes, 8)]
-    learn = bench.trains(loader=lambda dls: dls.unlabeled_dl(images()[2][:3], mu=1, label_func=parent_label), cbs=look)
+    loader = lambda dls: dls.unlabeled_dl(images()[2][:3], mu=1, label_func=parent_label)
+    learn = bench.trains(loader=loader, cbs=look)
     assert learn.note.seen == [(4 + 2 * 4, 4)] * 6
 
 
@@ -928,7 +947,7 @@ def short_torch_pool(bench):
     assert learn.note.seen == [(4 + 2 * 3, 4)] * 6
 
 
-@row(POOLS, 'a pool longer than an epoch', 'the next epoch goes on where the last one stopped: no image comes twice before all have come')
+@row(POOLS, 'a pool longer than an epoch', 'the next epoch goes on where the last one stopped, so that all images come')
 def long_pool(bench):
     class Keep(FixedThreshold):
         def setup(self, n_classes, n_unlabeled, model):
@@ -954,7 +973,7 @@ def short_last_batch(bench):
 AVERAGES = 'Averaged weights'
 
 
-@row(AVERAGES, 'ModelEMA and SaveModelCallback', 'the file holds the average of the best epoch, which is what was validated')
+@row(AVERAGES, 'ModelEMA and SaveModelCallback', 'the file holds the average of the best epoch, as validated')
 def ema_save_model(bench):
     learn = bench.trains(cbs=[lambda: ModelEMA(half_life=2)])
     quiet_fit(learn, 2, 1e-2, cbs=SaveModelCallback())
@@ -979,65 +998,81 @@ POLICIES = {
     'FixedThreshold & ScoreThreshold': lambda dls: FixedThreshold(0.15) & ScoreThreshold(entropy, 2.25),
     'FlexMatch | FreeMatch': lambda dls: FlexMatch(0.15) | FreeMatch(decay=0.5),
 }
-THINGS = ['alone', 'half-precision logits', 'GradientAccumulation', 'MixUp', 'ModelEMA']
-
+# of things beside FixMatch, those that a policy may notice; of policies, one of each kind that looks at more than the
+# unlabelled logits: memory of each image, labelled logits, more passes, a hook in the network, the validation set
+THINGS = ['half-precision logits', 'MixUp', 'ModelEMA']
+NOTICE = ['FlexMatch', 'AdaMatch', 'MCDropout', 'FeatureDensity', 'ValidatedThreshold']
 
 FORWARD = 'Passes of their own'
+BESIDE = {
+    'GradientAccumulation': lambda: GradientAccumulation(8),
+    'MixUp': MixUp,
+    'ModelEMA': lambda: ModelEMA(half_life=1),
+    'ChannelsLast': ChannelsLast,
+}
+
+
+def beside(name, thing):
+    return name if thing == 'alone' else f'{name} with {thing}'
 
 
 def forwards(bench, forward, thing):
     if thing == 'half-precision logits':
-        bench = bench.at('fp16')
-    cbs = {'GradientAccumulation': lambda: GradientAccumulation(8), 'MixUp': MixUp, 'ModelEMA': lambda: ModelEMA(half_life=1), 'ChannelsLast': ChannelsLast}
+        bench = bench.with_precision('fp16')
     passes = []
     look = lambda: Note('before_batch', lambda cb: passes.append(len(cb.x)), 100)
-    bench.trains(forward=forward, cbs=[look, *([cbs[thing]] if thing in cbs else [])])
+    bench.trains(forward=forward, cbs=[look, *([BESIDE[thing]] if thing in BESIDE else [])])
     assert set(passes) <= ({8} if forward == 'split' else {4, 5, 6, 7, 8}), passes
 
 
-for forward in ('split', 'selective'):
-    for thing in [*THINGS, 'ChannelsLast']:
+for forward, things in {
+    'split': ['alone', 'half-precision logits'],
+    'selective': ['alone', 'half-precision logits', *BESIDE],
+}.items():
+    for thing in things:
         says = 'weak images are not in the pass with gradient, nor, with selective, those that count for nothing'
-        row(FORWARD, f"forward='{forward}'" + (f' with {thing}' if thing != 'alone' else ''), says, forward, thing)(forwards)
+        row(FORWARD, beside(f"forward='{forward}'", thing), says, forward, thing)(forwards)
 
 
 def policies(bench, make, thing):
     if thing == 'half-precision logits':
-        bench = bench.at('fp16')
-    cbs = {'GradientAccumulation': lambda: GradientAccumulation(8), 'MixUp': MixUp, 'ModelEMA': lambda: ModelEMA(half_life=1)}
+        bench = bench.with_precision('fp16')
     steps = 8 if make is POLICIES['FeatureDensity'] else 4  # it counts none before it has met the classes
-    how = dict(dls=partial(bench.dls, n_batches=steps), policy=make, model=lambda: add_dropout(tiny_net(), 0.3), cbs=[cbs[thing]] if thing in cbs else [])
-    learn = bench.trains(lambda learn: learn.fit(1, 1e-2), steps, 1, **how)
+    learn = bench.trains(
+        lambda learn: learn.fit(1, 1e-2),
+        steps,
+        1,
+        dls=partial(bench.dls, n_batches=steps),
+        policy=make,
+        model=lambda: add_dropout(tiny_net(), 0.3),
+        cbs=[BESIDE[thing]] if thing in BESIDE else [],
+    )
     fresh = make(learn.dls)
     fresh.setup(10, 100, learn.model)
     fresh.to(bench.device)
-    memory = learn.fix_match.policy.state_dict()
-    assert not fresh.state_dict() or any(not torch.equal(v, memory[k]) for k, v in fresh.state_dict().items()), 'the policy remembers nothing'
+    start, memory = fresh.state_dict(), learn.fix_match.policy.state_dict()
+    changed = [k for k, v in start.items() if not torch.equal(v, memory[k])]
+    assert changed or not start, 'the policy remembers nothing'
     if thing == 'ModelEMA':
         assert learn.model_ema.averaged and 0 < learn.model_ema.steps <= steps
 
 
 for name, make in POLICIES.items():
-    for thing in THINGS:
-        row('Policies', f'{name} with {thing}' if thing != 'alone' else name, 'some pseudo-labels count, and the policy remembers', make, thing)(policies)
+    for thing in ['alone', *THINGS] if name in NOTICE else ['alone']:
+        says = 'some pseudo-labels count, and the policy remembers'
+        row('Policies', beside(name, thing), says, make, thing)(policies)
 
 
 # --- with a teacher
 
-TAUGHT_GROUPS = (FITS, LR_FIND, PRECISION, CALLBACKS, MIXING, TRACKERS, LOGGERS, SAVING, PREDICTIONS, FORWARD, 'Policies')
-NOT_TAUGHT = {  # rows of these groups that make no sense with a teacher
-    **dict.fromkeys(
-        ('SaveModelCallback on valid_loss', 'SaveModelCallback on mask_rate'), 'the weights that are saved are the average, not those after a step'
-    ),
-    **dict.fromkeys(('ScoreThreshold', 'FixedThreshold & ScoreThreshold'), "its bound is for the model's own logits: a young average is not as sure"),
-}
-# of what is done beside each policy and each picture, only the policy, and what follows an interrupt
-TAUGHT = [
-    o
-    for o in ROWS
-    if o.group in TAUGHT_GROUPS
-    and o.name not in NOT_TAUGHT
-    and not o.broken
-    and not (o.group == 'Policies' and ' with ' in o.name)
-    and (o.group != PREDICTIONS or 'after Ctrl-C' in o.name)
+# those in which an average of the weights could be in the way; with others it is as with these
+TAUGHT_NAMES = [
+    *('fit', 'fine_tune', 'two fits in a row', 'start_epoch', 'lr_find before a fit', 'lr_find between two fits'),
+    *('to_fp16', 'to_bf16', 'GradientAccumulation', 'TerminateOnNaN', 'BnFreeze', 'ChannelsLast', 'ShortEpoch'),
+    *('MixUp before FixMatch in the list', 'MixUp behind FixMatch in the list', 'train_metrics=True'),
+    *(f'SaveModelCallback on {o}, given to the Learner' for o in ('valid_loss', 'mask_rate')),
+    *('export', 'load_learner', 'save, load'),
+    # of the score thresholds none: their bounds are for the model's own logits, and a young average is not as sure
+    *(o for o in POLICIES if 'ScoreThreshold' not in o),
 ]
+TAUGHT = [o for o in ROWS if o.name in TAUGHT_NAMES or o.group in (PREDICTIONS, FORWARD)]
