@@ -658,19 +658,6 @@ def _patience():
         for k in env: os.environ.pop(k, None)
         for o,level in loggers: o.setLevel(level)
 
-class _SeesTheEnd:
-    "Stands in the place of `learn._with_events`, and tells `cb` when an epoch ends with an error"
-    def __init__(self, cb, inner): self.cb,self.inner = cb,inner
-
-    def __call__(self, f, event_type, ex, final=lambda: None):
-        run = self.inner or partial(type(self.cb.learn)._with_events, self.cb.learn)
-        if event_type != 'epoch': return run(f, event_type, ex, final)
-        try: run(f, event_type, ex, final)
-        except CancelFitException: raise
-        except BaseException as e:
-            self.cb._stopped(e)
-            raise
-
 # %% ../nbs/12_experiment.ipynb #dec716ab
 class MLflowCallback(Callback):
     "Logs fits as a run of [MLflow](https://mlflow.org): parameters, steps in batches, epochs, files; a server that goes away does not stop the training"
@@ -695,7 +682,6 @@ class MLflowCallback(Callback):
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):
-        self._let_go()
         if self._learn is not None: self._path = self._learn.path # for `uri`, after a fit that it was given to
         self._learn = learn
 
@@ -706,13 +692,6 @@ class MLflowCallback(Callback):
 
     def _idle(self): return rank_distrib() > 0 or hasattr(self.learn, 'lr_finder') or self.learn.lock.locked() # the lock is held in `validate` and `get_preds`
 
-    def _let_go(self):
-        "Give the Learner its own way through epochs back"
-        o = vars(self._learn).get('_with_events') if self._learn is not None else None
-        if not isinstance(o, _SeesTheEnd): return
-        if o.inner is None: del self._learn._with_events
-        else: self._learn._with_events = o.inner
-
     def state_dict(self)->dict: # For `SaveFixMatch`, so that a resumed fit goes on with the same run
         return dict(run_id=self.run_id, offset=self._offset)
 
@@ -722,9 +701,18 @@ class MLflowCallback(Callback):
 @patch
 def before_fit(self:MLflowCallback):
     if self._idle(): return
-    self._let_go()
     self._offset,self._done,self._rows,self._on,self._begun = self._offset+self._done,0,[],False,False
-    self.learn._with_events = _SeesTheEnd(self, vars(self.learn).get('_with_events'))
+    AroundEpochs.add(self)
+
+@patch
+def around_epoch(self:MLflowCallback, run):
+    "Run an epoch, and say how the run ends where an error ends the fit: no event comes then"
+    try: run()
+    except CancelFitException: raise
+    except BaseException as e:
+        self._take_steps()
+        self._end('KILLED' if isinstance(e, KeyboardInterrupt) else 'FAILED')
+        raise
 
 @patch
 def before_epoch(self:MLflowCallback):
@@ -753,17 +741,9 @@ def after_epoch(self:MLflowCallback):
 @patch
 def after_fit(self:MLflowCallback):
     if self._idle(): return
-    inner = getattr(vars(self.learn).get('_with_events'), 'inner', None)
-    self._let_go()
-    if isinstance(inner, AroundEpochs): inner.cb._let_go() # SaveFixMatch wanted to before, and could not from below ours
+    AroundEpochs.remove(self.learn)
     self._take_steps()
     self._end('FINISHED')
-
-@patch
-def _stopped(self:MLflowCallback, e):
-    self._let_go()
-    self._take_steps()
-    self._end('KILLED' if isinstance(e, KeyboardInterrupt) else 'FAILED')
 
 # %% ../nbs/12_experiment.ipynb #5d2c9a77
 def _spread(needed):
