@@ -28,7 +28,16 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fixmatch_fastai.all import FixedThreshold, FixMatch, FlexMatch, FrozenBatchNorm, ModelEMA, SaveFixMatch, probe, probe_head
+from fixmatch_fastai.all import (
+    FixedThreshold,
+    FixMatch,
+    FlexMatch,
+    FrozenBatchNorm,
+    ModelEMA,
+    SaveFixMatch,
+    probe,
+    probe_head,
+)
 from fixmatch_fastai.recipe import PoolCheck
 
 
@@ -79,11 +88,16 @@ def test_probe_is_scikit_learns(make):
     (x, y), (x_v, y_v) = (features_by_hand(learn, o.items) for o in (learn.dls.train_ds, learn.dls.valid_ds))
     folds = StratifiedKFold(2, shuffle=True, random_state=0)
     search = GridSearchCV(
-        make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)), {'logisticregression__C': [1e-3, 1e-2, 0.1, 1]}, scoring='neg_log_loss', cv=folds
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+        {'logisticregression__C': [1e-3, 1e-2, 0.1, 1]},
+        scoring='neg_log_loss',
+        cv=folds,
     )
     search.fit(x, y)
     assert found.C == search.best_params_['logisticregression__C']
-    assert (found.right == (search.predict(x_v) == y_v)).all() and found.accuracy == search.score.__self__.best_estimator_.score(x_v, y_v)
+    assert (
+        found.right == (search.predict(x_v) == y_v)
+    ).all() and found.accuracy == search.score.__self__.best_estimator_.score(x_v, y_v)
     logits = torch.tensor(x_v, dtype=torch.float32) @ found.weight.T + found.bias
     np.testing.assert_allclose(logits.numpy(), search.best_estimator_.decision_function(x_v), atol=1e-4)
     assert 0 <= found.cv_accuracy <= 1 and f'{found.accuracy:.1%} of {len(y_v)} validation images' in repr(found)
@@ -107,7 +121,9 @@ def torch_loader(n_classes, n_each, net_in=1, seed=0):
 @pytest.mark.parametrize('n_classes', [2, 3])
 def test_torch_loaders_and_two_classes(n_classes):
     data = torch_loader(n_classes, 4)
-    learn = Learner(DataLoaders(data, data), tiny_net(n_classes), CrossEntropyLossFlat(), metrics=accuracy, splitter=two_groups)
+    learn = Learner(
+        DataLoaders(data, data), tiny_net(n_classes), CrossEntropyLossFlat(), metrics=accuracy, splitter=two_groups
+    )
     found = probe_head(learn)
     assert found.accuracy > 0.9 and found.weight.shape == (n_classes, 128)
     with learn.no_bar():
@@ -147,12 +163,16 @@ def test_models_that_are_not_split_end_in_a_linear_layer(make):
         (torch.zeros(4, 3), tiny_net, 'one class number for each image'),
         (torch.rand(4), tiny_net, 'one class number for each image'),
         (torch.zeros(4, dtype=torch.long), tiny_net, 'of two classes or more'),
-        (torch.arange(4) % 2, lambda: nn.Sequential(nn.Conv2d(1, 2, 16), nn.Flatten()), 'no linear layer that could be its head'),
+        (
+            torch.arange(4) % 2,
+            lambda: nn.Sequential(nn.Conv2d(1, 2, 16), nn.Flatten()),
+            'no linear layer that could be its head',
+        ),
         (torch.arange(4), partial(tiny_net, 2), 'The head has 2 outputs'),
     ],
     ids=['several labels', 'numbers', 'one class', 'no linear layer', 'too few outputs'],
 )
-def test_refused(y, net, contains):
+def test_what_the_probe_refuses(y, net, contains):
     data = [(torch.randn(4, 1, 16, 16), y)]
     learn = Learner(DataLoaders(data, data), net(), CrossEntropyLossFlat())
     before = state(learn)
@@ -191,7 +211,9 @@ class Watch(Callback):
     def after_batch(self):
         if self.training:
             norm = any(m.training for m in self.model.modules() if isinstance(m, nn.BatchNorm2d))
-            self.rows.append((self.learn.fix_match.warming_up, [h['lr'] for h in self.opt.hypers], norm, len(self.learn.xb[0])))
+            self.rows.append(
+                (self.learn.fix_match.warming_up, [h['lr'] for h in self.opt.hypers], norm, len(self.learn.xb[0]))
+            )
 
 
 def test_stage_by_stage(make, pool_of):
@@ -205,19 +227,40 @@ def test_stage_by_stage(make, pool_of):
     assert warming[:7] == (True,) * 7 and not any(warming[8:]), 'two fifths on labels alone'
     body, of_head = zip(*lrs)
     np.testing.assert_allclose(np.array(body), 0.3 * np.array(of_head), rtol=1e-6)
-    assert of_head[2] == pytest.approx(1e-3) and max(of_head) <= 1e-3 and of_head[7] < 1e-4 < of_head[11], 'a cycle for each stage'
+    assert of_head[2] == pytest.approx(1e-3) and max(of_head) <= 1e-3 and of_head[7] < 1e-4 < of_head[11], (
+        'a cycle for each stage'
+    )
     assert not any(norms) and torch.equal(learn.model[0][1].running_mean, torch.zeros(8)), 'BatchNorm is frozen'
     history = learn.fix_match.history
     assert history.mask_rate.isna().sum() == 8 and len(history) == 20
-    assert learn.model_ema is learn.fix_match.teacher and learn.model_ema.averaged and learn.model_ema.half_life == pytest.approx(2.5)
+    assert (
+        learn.model_ema is learn.fix_match.teacher
+        and learn.model_ema.averaged
+        and learn.model_ema.half_life == pytest.approx(2.5)
+    )
     assert not learn._grab_cbs(FrozenBatchNorm) and not learn._grab_cbs(PoolCheck)
 
 
-def test_options(make, pool_of):
+def test_options_of_fine_tuning(make, pool_of):
     learn, teacher = make(), ModelEMA(half_life=3)
     policy = FlexMatch(0.5)
-    quiet_fit(learn, pool_of(learn.dls), 6, method='fine_tune_fixmatch', policy=policy, teacher=teacher, warmup=0.0, freeze_bn=False, n_epoch=2, lambda_u=0.5)
-    assert learn.fix_match.policy is policy and learn.model_ema is teacher and learn.fix_match.history.mask_rate.notna().all()
+    quiet_fit(
+        learn,
+        pool_of(learn.dls),
+        6,
+        method='fine_tune_fixmatch',
+        policy=policy,
+        teacher=teacher,
+        warmup=0.0,
+        freeze_bn=False,
+        n_epoch=2,
+        lambda_u=0.5,
+    )
+    assert (
+        learn.fix_match.policy is policy
+        and learn.model_ema is teacher
+        and learn.fix_match.history.mask_rate.notna().all()
+    )
     assert learn.model[0][1].running_mean.abs().sum() > 0
 
 
@@ -232,13 +275,30 @@ def test_again_and_after_another_fixmatch(make, pool_of):
     assert 0 <= acc <= 1
 
 
-@pytest.mark.parametrize('event,times', [('before_fit', 1), ('after_pred', 2), ('after_step', 4), ('after_pred', 9), ('before_validate', 2), ('after_fit', 1)])
-def test_interrupts(make, pool_of, event, times):
-    "In the stage on labels, in the one with the pool, and between: the learner predicts, exports, and can be fine-tuned again"
+@pytest.mark.parametrize(
+    'event,times',
+    [
+        ('before_fit', 1),
+        ('after_pred', 2),
+        ('after_step', 4),
+        ('after_pred', 9),
+        ('before_validate', 2),
+        ('after_fit', 1),
+    ],
+)
+def test_fine_tuning_after_an_interrupt(make, pool_of, event, times):
+    "In either stage, and between: the learner predicts, exports, and can be fine-tuned again"
     learn = make()
     dls = learn.dls
     with pytest.raises(KeyboardInterrupt):
-        quiet_fit(learn, pool_of(dls), 10, method='fine_tune_fixmatch', n_epoch=5, cbs=Raise(event, KeyboardInterrupt, times=times))
+        quiet_fit(
+            learn,
+            pool_of(dls),
+            10,
+            method='fine_tune_fixmatch',
+            n_epoch=5,
+            cbs=Raise(event, KeyboardInterrupt, times=times),
+        )
     assert learn.dls is dls
     with learn.no_bar():
         assert len(learn.validate()) == 2
@@ -250,14 +310,21 @@ def test_interrupts(make, pool_of, event, times):
 
 
 @pytest.mark.parametrize('stop', [2, 7])
-def test_resumes(make, pool_of, tmp_path, stop):
+def test_fine_tuning_resumes(make, pool_of, tmp_path, stop):
     "Stopped on labels alone, or with the pool, and called again: as if it had not been"
 
     def run(fname, *cbs, resume=False):
         learn = make()
         set_seed(3)
         try:
-            quiet_fit(learn, pool_of(learn.dls), 10, method='fine_tune_fixmatch', n_epoch=5, cbs=[SaveFixMatch(fname, resume=resume), *cbs])
+            quiet_fit(
+                learn,
+                pool_of(learn.dls),
+                10,
+                method='fine_tune_fixmatch',
+                n_epoch=5,
+                cbs=[SaveFixMatch(fname, resume=resume), *cbs],
+            )
         except KeyboardInterrupt:
             return None
         return state(learn)
@@ -267,7 +334,7 @@ def test_resumes(make, pool_of, tmp_path, stop):
     assert equal(run('part', resume=True), whole)
 
 
-def test_epochs(make, make_dls, pool_of):
+def test_epochs_of_fine_tuning(make, make_dls, pool_of):
     "As many steps as asked for, or a few more, however few the labels; a torch loader's epochs are what they are"
     learn = make(make_dls(n_batches=None))
     quiet_fit(learn, pool_of(learn.dls), 7, method='fine_tune_fixmatch', n_epoch=3)
@@ -280,14 +347,34 @@ def test_epochs(make, make_dls, pool_of):
 
 
 def test_pool_that_cannot_help(make, pool_of):
-    "Teacher and probe must agree where the teacher is sure, or the rest goes on with labels alone, as if the warm-up had no end"
+    "Teacher and probe must agree where the teacher is sure, or the rest goes on with labels alone"
     learn = make()
-    with pytest.warns(UserWarning, match='The unlabelled images are left out from here on: .* says the same as the probe of'):
-        quiet_fit(learn, pool_of(learn.dls), 10, method='fine_tune_fixmatch', base_lr=0.1, n_epoch=2, policy=FixedThreshold(0.0), min_agreement=1.0)
+    with pytest.warns(
+        UserWarning, match='The unlabelled images are left out from here on: .* says the same as the probe of'
+    ):
+        quiet_fit(
+            learn,
+            pool_of(learn.dls),
+            10,
+            method='fine_tune_fixmatch',
+            base_lr=0.1,
+            n_epoch=2,
+            policy=FixedThreshold(0.0),
+            min_agreement=1.0,
+        )
     assert learn.fix_match.history.mask_rate.isna().all() and learn.fix_match.warmup == 0.4
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='The unlabelled images are left out')
-        quiet_fit(learn, pool_of(learn.dls), 10, method='fine_tune_fixmatch', base_lr=0.1, n_epoch=2, policy=FixedThreshold(0.0), min_agreement=0)
+        quiet_fit(
+            learn,
+            pool_of(learn.dls),
+            10,
+            method='fine_tune_fixmatch',
+            base_lr=0.1,
+            n_epoch=2,
+            policy=FixedThreshold(0.0),
+            min_agreement=0,
+        )
     assert learn.fix_match.history.mask_rate.notna().sum() == 6
 
 
@@ -300,7 +387,7 @@ def test_pool_that_cannot_help(make, pool_of):
         (dict(min_agreement=2), 'a share between 0 and 1'),
     ],
 )
-def test_wrong_arguments(make, pool_of, kwargs, contains):
+def test_arguments_that_fine_tuning_refuses(make, pool_of, kwargs, contains):
     learn = make()
     before, dls = state(learn), learn.dls
     with pytest.raises(ValueError, match=contains):
