@@ -379,8 +379,9 @@ def _check_steps(n_steps, n):
         raise ValueError("The training set has no batch: there are fewer labelled images than the batch size. "
                          "Use `dls.repeat_train(n)`.")
     if n_steps > 0 and n_steps%n == 0: return
-    fits = [str(o) for o in (int(n_steps//n)*n, int(n_steps//n+1)*n) if o > 0]
-    raise ValueError(f"`n_steps` must be a multiple of {n}, the steps of an epoch, such as {' or '.join(fits)}, "
+    fits = sorted({max(n, int(n_steps//n)*n), max(n, int(n_steps//n+1)*n)})
+    raise ValueError(f"`n_steps` must be a multiple of {n}, the steps of an epoch, "
+                     f"such as {' or '.join(map(str, fits))}, "
                      f"but is {n_steps}. `dls.repeat_train(n)` makes epochs of n steps.")
 
 # %% ../nbs/07_recipe.ipynb #8e2dd5b0

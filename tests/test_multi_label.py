@@ -65,15 +65,9 @@ def batches(sizes_x=(4, 4, 4), sizes_u=(8, 8, 8)):
 
 def learner(model=None, policy=None, data=None, cbs=(), loss=None, **kwargs):
     labeled, unlabeled = data or batches()
-    fm = FixMatch(unlabeled, policy=policy or NEAR(), **kwargs)
-    return Learner(
-        DataLoaders(labeled, labeled[:1]),
-        model or no_bn(C),
-        loss or BCEWithLogitsLossFlat(),
-        opt_func=sgd,
-        metrics=accuracy_multi,
-        cbs=[fm, *cbs],
-    )
+    cbs = [FixMatch(unlabeled, policy=policy or NEAR(), **kwargs), *cbs]
+    dls, loss = DataLoaders(labeled, labeled[:1]), loss or BCEWithLogitsLossFlat()
+    return Learner(dls, model or no_bn(C), loss, opt_func=sgd, metrics=accuracy_multi, cbs=cbs)
 
 
 # --- the policy
@@ -119,9 +113,8 @@ def test_multi_label_equals_formula(positive, negative):
     loss = policy.loss(torch.from_numpy(strong), pseudo)
     assert loss.shape == (40, C)
     p = 1 / (1 + np.exp(-strong.astype(float)))
-    np.testing.assert_allclose(
-        loss[counts], -np.where(targets == 1, np.log(p), np.log(1 - p))[counts], rtol=1e-4, atol=1e-6
-    )
+    expected = -np.where(targets == 1, np.log(p), np.log(1 - p))
+    np.testing.assert_allclose(loss[counts], expected[counts], rtol=1e-4, atol=1e-6)
 
 
 def test_on_and_beside_the_thresholds():
@@ -195,17 +188,11 @@ def test_multi_label_policies_combined():
     assert both.multi_label and either.multi_label
     assert both(batch).weights.tolist() == [[0, 0, 0, 1]]
     assert either(batch).weights.tolist() == [[1, 0, 1, 1]]
-    assert either(batch).targets[0, [0, 2, 3]].tolist() == [1, 0, 0], (
-        'where the first does not count, it says what is likelier'
-    )
+    assert either(batch).targets[0, [0, 2, 3]].tolist() == [1, 0, 0], 'the likelier, where the first does not count'
     assert either.loss(torch.zeros(1, 4), either(batch)).shape == (1, 4)
-    for make in (
-        lambda: strict & FixedThreshold(),
-        lambda: FlexMatch() | strict,
-        lambda: strict & ScoreThreshold(entropy, 1.0),
-    ):
+    for a, b in ((strict, FixedThreshold()), (FlexMatch(), strict), (strict, ScoreThreshold(entropy, 1.0))):
         with pytest.raises(ValueError, match="can't be combined: one is for several labels"):
-            make()
+            a & b
     assert not (FixedThreshold() & FixedThreshold()).multi_label
 
 
@@ -298,12 +285,8 @@ def test_three_forwards_of_multi_label_are_equal(policy):
 def refused(y, policy, match, loss=None, model=None, forward='joint'):
     labeled = [(torch.randn(4, 1, 16, 16), y)] * 2
     own = loss or BCEWithLogitsLossFlat()
-    learn = Learner(
-        DataLoaders(labeled, labeled),
-        model or no_bn(C),
-        own,
-        cbs=FixMatch(batches()[1], policy=policy, forward=forward),
-    )
+    fm = FixMatch(batches()[1], policy=policy, forward=forward)
+    learn = Learner(DataLoaders(labeled, labeled), model or no_bn(C), own, cbs=fm)
     before = [p.clone() for p in learn.model.parameters()]
     with pytest.raises(ValueError, match=match) as e:
         quiet_fit(learn, 1)
@@ -318,18 +301,10 @@ def refused(y, policy, match, loss=None, model=None, forward='joint'):
     [
         (torch.ones(4, C), None, r'multi-label: use `FixMatch\(unlabeled_dl, policy=MultiLabelThreshold\(\)\)`'),
         (torch.ones(4, C), FlexMatch(), 'FixMatch with FlexMatch needs one class number'),
-        (
-            torch.ones(4, dtype=torch.long),
-            MultiLabelThreshold(),
-            'needs a 0 or 1 of each class.*use a MultiCategoryBlock',
-        ),
+        (torch.ones(4).long(), MultiLabelThreshold(), 'needs a 0 or 1 of each class.*use a MultiCategoryBlock'),
         (torch.ones(4, 1), MultiLabelThreshold(), 'needs a 0 or 1 of each class'),
         (torch.full((4, C), 7.5), MultiLabelThreshold(), 'with other numbers in it'),
-        (
-            torch.ones(4, C + 1),
-            MultiLabelThreshold(),
-            'The model has 5 outputs, but the target of an image is 6 classes: .* with 6 outputs',
-        ),
+        (torch.ones(4, C + 1), MultiLabelThreshold(), 'has 5 outputs, but .* 6 classes: .* with 6 outputs'),
     ],
     ids=['default policy', 'another policy', 'classes', 'one logit', 'regression', 'outputs'],
 )
@@ -385,26 +360,18 @@ def images(digits, tmp_path):
 
     def make(policy=None, label_func=labels_of, cbs=(), model=None, forward='joint', n_out=11, n_batches=3, **kwargs):
         set_seed(0)
-        files = digits[::30]
-        block = DataBlock(
-            blocks=(ImageBlock(PILImageBW), MultiCategoryBlock(vocab=VOCAB)),
-            get_y=labels_of,
-            splitter=IndexSplitter(range(40, len(files))),
+        files, tfm = digits[::30], FixMatchTransform(weak=weak_augment(flip=False))
+        blocks, splitter = (
+            (ImageBlock(PILImageBW), MultiCategoryBlock(vocab=VOCAB)),
+            IndexSplitter(range(40, len(files))),
         )
+        block = DataBlock(blocks=blocks, get_y=labels_of, splitter=splitter)
         dls = block.dataloaders(files, bs=4, num_workers=0).repeat_train(n_batches)
-        loader = dls.unlabeled_dl(
-            digits[1::30], mu=2, tfm=FixMatchTransform(weak=weak_augment(flip=False)), label_func=label_func
-        )
+        loader = dls.unlabeled_dl(digits[1::30], mu=2, tfm=tfm, label_func=label_func)
         set_seed(0)
         fm = FixMatch(loader, policy=policy or MultiLabelThreshold(0.55, 0.45), forward=forward)
-        return Learner(
-            dls,
-            model or tiny_net(n_out),
-            metrics=partial(accuracy_multi, thresh=0.5),
-            path=tmp_path,
-            cbs=[fm, *cbs],
-            **kwargs,
-        )
+        metric = partial(accuracy_multi, thresh=0.5)
+        return Learner(dls, model or tiny_net(n_out), metrics=metric, path=tmp_path, cbs=[fm, *cbs], **kwargs)
 
     return make
 
@@ -414,17 +381,8 @@ def test_multi_label_in_all_of_fastai(images, forward):
     learn = images(forward=forward)
     assert type(learn.loss_func) is BCEWithLogitsLossFlat
     quiet_fit(learn, 2, 1e-2)
-    assert learn.recorder.metric_names == [
-        'epoch',
-        'train_loss',
-        'valid_loss',
-        'accuracy_multi',
-        'loss_x',
-        'loss_u',
-        'mask_rate',
-        'pseudo_acc',
-        'time',
-    ]
+    names = 'epoch train_loss valid_loss accuracy_multi loss_x loss_u mask_rate pseudo_acc time'
+    assert learn.recorder.metric_names == names.split()
     row = learn.recorder.values[-1]
     assert len(row) == 7 and np.isfinite(row).all() and 0 < row[-2] < 1 and 0 < row[-1] <= 1
     with learn.no_bar():
@@ -568,10 +526,8 @@ def test_loader_gives_labels_as_zeros_and_ones(images, digits):
     for row, i in zip(y, idxs):
         assert [VOCAB[k] for k in row.nonzero().flatten()] == sorted(labels_of(loader.dataset.items[int(i)]))
     assert (images(label_func=lambda o: None).fix_match.unlabeled_dl.one_batch()[1] == -1).all()
-    assert (
-        images(label_func=lambda o: ['even', 'never seen']).fix_match.unlabeled_dl.one_batch()[1].sum(1).tolist()
-        == [1] * 8
-    )
+    half_known = images(label_func=lambda o: ['even', 'never seen']).fix_match.unlabeled_dl
+    assert half_known.one_batch()[1].sum(1).tolist() == [1] * 8
     with pytest.raises(TypeError, match=r"must return a list of them, but it returned '\d': return \['\d'\]"):
         images(label_func=parent_label).fix_match.unlabeled_dl.one_batch()
 

@@ -86,9 +86,8 @@ def distributions(targets, n_classes=C):
 def assert_same(a, b, **tolerance):
     "Equal tensors under equal names; without tolerance to the last bit"
     assert a.keys() == b.keys()
-    torch.testing.assert_close(
-        dict(a), dict(b), **{'rtol': 0, 'atol': 0, 'equal_nan': True, **tolerance}
-    )  # names what differs
+    # of dicts, it names what differs
+    torch.testing.assert_close(dict(a), dict(b), **{'rtol': 0, 'atol': 0, 'equal_nan': True, **tolerance})
 
 
 def surely(*confidences, k=0, n_classes=C):
@@ -218,11 +217,8 @@ class EvenStart:
     def __call__(self, new):
         self.seen.append(new)
         n = len(self.seen)
-        self.mean = (
-            np.mean(self.seen, 0)
-            if n * (1 - self.decay) <= 1
-            else average(self.mean if n > 2 else self.seen[0], new, self.decay)
-        )
+        before = self.mean if n > 2 else self.seen[0]
+        self.mean = np.mean(self.seen, 0) if n * (1 - self.decay) <= 1 else average(before, new, self.decay)
         return self.mean
 
 
@@ -310,11 +306,7 @@ REFERENCES = {
     'AlignedLabels, plain mean': (AlignedLabels, AlignedRef, dict(threshold=0.9, T=2.0, decay=1.0)),
     'DebiasMatch, other values': (DebiasMatch, DebiasRef, dict(threshold=0.7, strength=1.0, decay=0.7)),
     'DebiasMatch, margin': (DebiasMatch, DebiasRef, dict(margin=True)),
-    'DebiasMatch, margin, other values': (
-        DebiasMatch,
-        DebiasRef,
-        dict(threshold=0.7, strength=1.0, decay=0.7, margin=True),
-    ),
+    'DebiasMatch, margin, others': (DebiasMatch, DebiasRef, dict(threshold=0.7, strength=1.0, decay=0.7, margin=True)),
 }
 
 
@@ -324,30 +316,27 @@ def test_equals_float64_version(policy, reference, values):
     strong_rng = np.random.default_rng(1)
     given = []
     for i, b in enumerate(random_steps(50)):
-        targets, weights = reference(
-            *(o.double().numpy() for o in (b.logits_weak, b.logits_x)), b.y.numpy(), b.idxs.numpy()
-        )
+        weak, x = b.logits_weak.double().numpy(), b.logits_x.double().numpy()
+        targets, weights = reference(weak, x, b.y.numpy(), b.idxs.numpy())
         assert reference.gap > 1e-6, 'too near to the bar to compare: choose another seed'
         pseudo = policy(b)
+        found, expected = distributions(pseudo.targets), distributions(targets)
         np.testing.assert_allclose(pseudo.weights.numpy(), weights, atol=1e-5, err_msg=f'weights of step {i}')
-        np.testing.assert_allclose(
-            distributions(pseudo.targets), distributions(targets), atol=1e-5, err_msg=f'targets of step {i}'
-        )
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=f'targets of step {i}')
         strong = random_logits(strong_rng, M)
         penalty = reference.penalty(strong.double().numpy(), weights) if hasattr(reference, 'penalty') else 0
         assert float(policy.penalty(b, pseudo, strong)) == pytest.approx(penalty, abs=1e-5), f'penalty of step {i}'
-        loss = reference.loss(strong.double().numpy(), targets)
-        np.testing.assert_allclose(
-            policy.loss(strong, pseudo).numpy(), loss, atol=1e-4, rtol=1e-4, err_msg=f'loss of step {i}'
-        )
+        losses, expected = policy.loss(strong, pseudo).numpy(), reference.loss(strong.double().numpy(), targets)
+        np.testing.assert_allclose(losses, expected, atol=1e-4, rtol=1e-4, err_msg=f'loss of step {i}')
         given.append(weights)
     slow = (policy.__class__, values) in ((FreeMatch, {}), (SoftMatch, {}))  # with a decay of 0.999 all still count
     assert slow or 0.05 < np.mean(given) < 0.98, 'a test in which nearly all count, or none, would show little'
 
 
-@pytest.mark.parametrize(
-    'policy,reference', list(dict.fromkeys((p, r) for p, r, _ in REFERENCES.values())), ids=lambda o: o.__name__
-)
+PAIRS = list(dict.fromkeys((policy, reference) for policy, reference, _ in REFERENCES.values()))
+
+
+@pytest.mark.parametrize('policy,reference', PAIRS, ids=lambda o: o.__name__)
 def test_defaults_are_those_of_the_references(policy, reference):
     ours, theirs = ({name: o.default for name, o in signature(cls).parameters.items()} for cls in (policy, reference))
     assert ours == theirs
@@ -363,12 +352,11 @@ def test_flexmatch_counts_are_those_of_its_notes():
 
 @pytest.mark.parametrize('how,join', [('&', torch.mul), ('|', torch.maximum)], ids=['and', 'or'])
 def test_two_as_one_are_as_each_alone(how, join):
-    make = (
-        partial(FreeMatch, lambda_f=0.05, decay=0.7),
-        partial(Dash, warmup=4, every=5),
-        partial(FreeMatch, lambda_f=0.02, lower=0.5),
-    )
-    (a, b, c), alone = ([ready(m()) for m in make] for _ in range(2))
+    def make():
+        policies = FreeMatch(lambda_f=0.05, decay=0.7), Dash(warmup=4, every=5), FreeMatch(lambda_f=0.02, lower=0.5)
+        return [ready(o) for o in policies]
+
+    (a, b, c), alone = make(), make()
     both = a & b & c if how == '&' else a | b | c
     assert both.needs_labeled and not (a & c).needs_labeled
     for step, other in zip(random_steps(20), random_steps(20, seed=1)):
@@ -489,9 +477,8 @@ def test_debiasmatch_margin_has_the_p_that_made_the_labels():
     for k, p in ((0, 0.9), (4, 0.025)):
         debias(SemiBatch(logits_weak=surely(0.9)))
         pseudo = debias(SemiBatch(logits_weak=surely(0.99999, k=k)))
-        assert pseudo.targets.tolist() == [k] and debias.loss(even, pseudo).tolist() == pytest.approx(
-            [-np.log(p)], rel=1e-4
-        )
+        assert pseudo.targets.tolist() == [k]
+        assert debias.loss(even, pseudo).tolist() == pytest.approx([-np.log(p)], rel=1e-4)
     other = pickle.loads(pickle.dumps(debias))
     assert other.loss(even, pseudo).equal(debias.loss(even, pseudo)), 'between a decision and its loss'
     untrained = DebiasMatch(margin=True)
@@ -542,9 +529,8 @@ def assert_finite(policy, steps):
         assert ((0 <= pseudo.weights) & (pseudo.weights <= 1)).all()  # not so for nan
         assert pseudo.targets.isfinite().all() and pseudo.targets.min() >= 0
         assert loss.isfinite() and strong.grad.isfinite().all()
-        assert all(
-            v.isfinite().all() for name, v in policy.state_dict().items() if not name.endswith('mean_x')
-        )  # SoftMatch's stays unknown
+        memory = {k: v for k, v in policy.state_dict().items() if not k.endswith('mean_x')}  # SoftMatch's stays unknown
+        assert all(v.isfinite().all() for v in memory.values())
 
 
 @every_policy
@@ -559,13 +545,7 @@ def test_policies_with_huge_logits(make):
 
 @every_policy
 def test_policies_with_one_image(make):
-    assert_finite(
-        ready(make()),
-        [
-            SemiBatch(y=b.y[:1], idxs=b.idxs[:1], logits_x=b.logits_x[:1], logits_weak=b.logits_weak[:1])
-            for b in random_steps(8)
-        ],
-    )
+    assert_finite(ready(make()), [SemiBatch(*(None if o is None else o[:1] for o in b)) for b in random_steps(8)])
 
 
 @every_policy
@@ -631,28 +611,20 @@ def test_dash_keeps_the_loss_of_the_warm_up():
 
 def test_classes_by_number_not_by_place_among_those_present():
     "Only class 3 of 5 comes"
-    b = SemiBatch(
-        y=torch.tensor([3]),
-        idxs=torch.arange(4),
-        logits_x=surely(0.9, k=3),
-        logits_weak=surely(0.99, 0.98, 0.97, 0.6, k=3),
-    )
+    weak = surely(0.99, 0.98, 0.97, 0.6, k=3)
+    b = SemiBatch(y=torch.tensor([3]), idxs=torch.arange(4), logits_x=surely(0.9, k=3), logits_weak=weak)
     for name, make in POLICIES.items():
         assert distributions(ready(make())(b).targets).argmax(1).tolist() == [3] * 4, name
     flex, free = ready(FlexMatch(0.9), pool=4), ready(FreeMatch(decay=0.0))
     flex(b), free(b)
     assert flex.counts.tolist() == [0, 0, 0, 3, 0, 1] and flex.last[:4].tolist() == [3, 3, 3, 5]
-    bars = [
-        [flex(b._replace(idxs=torch.tensor([3]), logits_weak=surely(c, k=k))).weights.item() for c in (0.5, 0.89)]
-        for k in range(C)
-    ]
-    assert bars == [[1, 1], [1, 1], [1, 1], [0, 0], [1, 1]]
+    weight = lambda c, k: flex(b._replace(idxs=torch.tensor([3]), logits_weak=surely(c, k=k))).weights.item()
+    assert [[weight(c, k) for c in (0.5, 0.89)] for k in range(C)] == [[1, 1], [1, 1], [1, 1], [0, 0], [1, 1]]
     assert free.hist.tolist() == [0, 0, 0, 1, 0] and free.p.argmax() == 3
     ada = ready(AdaMatch())
     ada(b)
-    assert ada.align.mean_x.tolist() == pytest.approx([0.1125, 0.1125, 0.1125, 0.55, 0.1125]), (
-        'half way from even shares'
-    )
+    half_way = [0.1125, 0.1125, 0.1125, 0.55, 0.1125]  # from even shares
+    assert ada.align.mean_x.tolist() == pytest.approx(half_way)
 
 
 def test_softmatch_labels_come_from_unaligned_probabilities():
@@ -715,13 +687,9 @@ def test_alignment_that_begins_with_the_first_batch_spoils_right_labels(confiden
 
 # --- several processes
 
-SHARES = {
-    'halves': (M // 2, B // 2),
-    'unequal': (17, 3),
-}  # rows of the weak and labelled images that the first process gets
-TOGETHER = [
-    (name, how) for name in REMEMBER for how in SHARES if how == 'halves' or 'FlexMatch' not in name
-]  # FlexMatch asks for the same M
+# rows of the weak and labelled images that the first process gets; FlexMatch asks for the same M
+SHARES = {'halves': (M // 2, B // 2), 'unequal': (17, 3)}
+TOGETHER = [(name, how) for name in REMEMBER for how in SHARES if how == 'halves' or 'FlexMatch' not in name]
 
 
 def share(b, rank, cut_weak, cut_x):
@@ -745,9 +713,8 @@ def density_run(rank=None):
 
 def one_of_two(rank, folder):
     "Runs in a process of its own"
-    dist.init_process_group(
-        'gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+    minute = timedelta(seconds=60)
+    dist.init_process_group('gloo', f'file://{folder}/meet', rank=rank, world_size=2, timeout=minute)
     done = {}
     for name, how in TOGETHER:
         policy = ready(POLICIES[name]())
@@ -797,7 +764,10 @@ def saved_and_loaded(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize('set_up_first', [False, True], ids=['load, set up', 'set up, load'])
+set_up_or_load = pytest.mark.parametrize('set_up_first', [False, True], ids=['load, set up', 'set up, load'])
+
+
+@set_up_or_load
 @every_policy
 def test_goes_on_after_loading(make, set_up_first):
     steps = random_steps(30)
@@ -829,11 +799,12 @@ def test_loading_copies(make):
         assert_same(other.state_dict(), before)
 
 
-@pytest.mark.parametrize('set_up_first', [False, True], ids=['load, set up', 'set up, load'])
-@pytest.mark.parametrize(
-    'name,n_classes,pool',
-    [(n, C + 1, POOL) for n in REMEMBER if n != 'Dash'] + [('FlexMatch', C, POOL + 1), ('FlexMatch & SoftMatch', C, 7)],
-)
+OTHER_CLASSES = [(name, C + 1, POOL) for name in REMEMBER if name != 'Dash']
+OTHER_SHAPES = [*OTHER_CLASSES, ('FlexMatch', C, POOL + 1), ('FlexMatch & SoftMatch', C, 7)]
+
+
+@set_up_or_load
+@pytest.mark.parametrize('name,n_classes,pool', OTHER_SHAPES)
 def test_state_of_other_shape(name, n_classes, pool, set_up_first):
     make = POLICIES[name]
     state, other = memory(ready(make())), make()
@@ -922,11 +893,11 @@ def test_gradient_of_the_penalty():
 
 # --- in training
 
-IN_TRAINING = {
-    **POLICIES,
+OF_TEN = {
     'FlexMatch': partial(FlexMatch, 0.15),
     'FlexMatch & SoftMatch': lambda: FlexMatch(0.15) & SoftMatch(decay=0.9),
-}  # of ten classes
+}
+IN_TRAINING = {**POLICIES, **OF_TEN}  # lower thresholds for ten classes
 
 
 class Watch(Callback):
@@ -955,9 +926,8 @@ def test_every_policy_trains(make_learner, make):
     assert one.keys() == two.keys()
     assert bool(one) == (not isinstance(policy, (FixedThreshold, UDA)))
     moved = {k for k in two if not one[k].equal(two[k])}
-    still = {
-        k for k in two if k.endswith(('align.mean_x', 'align.seen_x', 'rho_x'))
-    }  # SoftMatch does not ask, Dash no longer after its warm-up
+    # SoftMatch does not follow labelled images, Dash no longer after its warm-up
+    still = {k for k in two if k.endswith(('align.mean_x', 'align.seen_x', 'rho_x'))}
     assert moved | still == set(two)
 
 
@@ -972,10 +942,8 @@ class Pairs(list):
 @pytest.mark.parametrize('make', IN_TRAINING.values(), ids=IN_TRAINING.keys())
 def test_policies_do_not_depend_on_the_order_of_images(make_dls, make_learner, make):
     size, rng = make_dls().one_batch()[0].shape[1:], torch.Generator().manual_seed(0)
-    views = [
-        (torch.randn(M, *size, generator=rng), torch.randn(M, *size, generator=rng), b.idxs)
-        for b in random_steps(3, unique=True)
-    ]
+    view = lambda: torch.randn(M, *size, generator=rng)
+    views = [(view(), view(), b.idxs) for b in random_steps(3, unique=True)]
     orders = [torch.randperm(M, generator=rng) for _ in views]
     seen, states = ([], []), []
     for outs, batches in zip(seen, (views, [tuple(o[order] for o in v) for v, order in zip(views, orders)])):
@@ -994,12 +962,10 @@ def test_flexmatch_without_idxs(make_dls, make_learner, pool):
     dls = make_dls()
     size = dls.one_batch()[0].shape[1:]
     views = [torch.zeros(8, *size), torch.zeros(8, *size)]
-    no_places = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*views), batch_size=4)
+    no_idxs = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*views), batch_size=4)
     no_pool = [tuple(views)]
-    for loader, message in (
-        (no_places, 'make the loader with `dls.unlabeled_dl(files)`'),
-        (no_pool, 'give the loader a `dataset` that has a length'),
-    ):
+    advice = 'make the loader with `dls.unlabeled_dl(files)`', 'give the loader a `dataset` that has a length'
+    for loader, message in zip((no_idxs, no_pool), advice):
         policy = FlexMatch(0.15)
         learn = make_learner(dls=dls, loader=loader, fixmatch={'threshold': 0.95, 'policy': policy})
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -1046,9 +1012,8 @@ class Ops(TorchDispatchMode):
         name = func.overloadpacket.__name__
         given, made = list(tensors_in([*args, *(kwargs or {}).values()])), list(tensors_in(out))
         self.names.add(name)
-        self.largest = max(
-            [self.largest, *(t.numel() for t in made if not any(t is g or t._base is not None for g in given))]
-        )
+        new = [t for t in made if not any(t is g or t._base is not None for g in given)]
+        self.largest = max([self.largest, *(t.numel() for t in new)])
         if any(t.numel() >= self.large for t in given):
             self.on_large.add(name)
         if any(t.device.type == 'cuda' and t.ndim for t in given) and any(t.device.type != 'cuda' for t in made):
@@ -1080,7 +1045,7 @@ def test_the_watch_on_cost_sees_a_pass_over_the_pool():
 
 
 def on_fake_gpu(b):
-    return SemiBatch(*(o.cuda() if isinstance(o, torch.Tensor) else o for o in b))
+    return SemiBatch(*(torch.empty_like(o).cuda() if isinstance(o, torch.Tensor) else o for o in b))
 
 
 @every_policy
@@ -1088,10 +1053,7 @@ def test_gpu_is_not_waited_for(make):
     "Tensors without content: what needs a number of them, or a shape that depends on one, raises an error"
     with FakeTensorMode():
         policy = ready(make()).cuda()
-        steps = [
-            on_fake_gpu(SemiBatch(*(torch.empty_like(o) if isinstance(o, torch.Tensor) else o for o in b)))
-            for b in random_steps(2)
-        ]
+        steps = [on_fake_gpu(b) for b in random_steps(2)]
         strong = torch.randn(M, C, device='cuda')
         with Ops(large=np.inf) as ops:
             for b in steps:
