@@ -38,7 +38,20 @@ from fixmatch_fastai.all import (
 from fixmatch_fastai.cli import Comparison
 
 HERE = Path(__file__).parent
-COLUMNS = ['images', 'labels', 'steps', 'mu', 'method', 'seed', 'accuracy', 'mask_rate', 'pseudo_acc', 'cpu_seconds', 'n_test', 'hardware']
+COLUMNS = [
+    'images',
+    'labels',
+    'steps',
+    'mu',
+    'method',
+    'seed',
+    'accuracy',
+    'mask_rate',
+    'pseudo_acc',
+    'cpu_seconds',
+    'n_test',
+    'hardware',
+]
 
 ABOUT = """# Policies, measured
 
@@ -90,7 +103,9 @@ def run(comparison, images, method, policy, seed):
         learn.fit_one_cycle(1, comparison.lr)
     seconds = time.process_time() - start  # of this process: other work on the machine does not count
     late = learn.fix_match.history.tail(max(1, comparison.steps // 10)).mean() if policy is not None else {}
-    row = dict(images=images, labels=comparison.n_labels, steps=comparison.steps, mu=comparison.mu, method=method, seed=seed)
+    row = dict(
+        images=images, labels=comparison.n_labels, steps=comparison.steps, mu=comparison.mu, method=method, seed=seed
+    )
     row |= dict(accuracy=learn.recorder.values[-1][2], n_test=len(comparison.test), hardware=hardware())
     row |= dict(mask_rate=late.get('mask_rate'), pseudo_acc=late.get('pseudo_acc'), cpu_seconds=seconds)
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
@@ -118,11 +133,15 @@ def table(rows):
         ]
         base = part[part.method == 'supervised'].set_index('seed').accuracy
         pm = lambda s, scale=100, digits=1: (
-            '–' if s.isna().any() else f'{scale * s.mean():.{digits}f}' + (f' ± {scale * s.std():.{digits}f}' if len(s) > 1 else '')
+            '–'
+            if s.isna().any()
+            else f'{scale * s.mean():.{digits}f}' + (f' ± {scale * s.std():.{digits}f}' if len(s) > 1 else '')
         )
         for method, o in part.groupby('method', sort=False):
             diff = o.set_index('seed').accuracy - base if method != 'supervised' else pd.Series([float('nan')])
-            text.append(f'| {method} | {pm(o.accuracy)} | {pm(diff)} | {pm(o.mask_rate, 1, 2)} | {pm(o.pseudo_acc, 1, 3)} | {o.cpu_seconds.mean():.0f} |')
+            text.append(
+                f'| {method} | {pm(o.accuracy)} | {pm(diff)} | {pm(o.mask_rate, 1, 2)} | {pm(o.pseudo_acc, 1, 3)} | {o.cpu_seconds.mean():.0f} |'
+            )
         text.append('')
     return '\n'.join(text).rstrip() + '\n'
 
@@ -150,7 +169,9 @@ def main(argv=None):
     files = get_image_files(args.images or digits_path()).sorted()
     opts = dict(n_test=args.n_test, size=32) if args.images else dict(n_test=args.n_test or 400, flip=False)
     for labels in args.labels:
-        comparison = Comparison(files, labels, steps=args.steps, mu=args.mu, num_workers=args.workers, n_points=1, **opts)
+        comparison = Comparison(
+            files, labels, steps=args.steps, mu=args.mu, num_workers=args.workers, n_points=1, **opts
+        )
         for seed in range(args.seeds):
             for method in args.only or policies(1):
                 done = pd.read_csv(results) if results.exists() else pd.DataFrame(columns=COLUMNS)
@@ -169,7 +190,10 @@ def main(argv=None):
                     if f.tell() == 0:
                         writer.writeheader()
                     writer.writerow(row)
-                print(f'{images}, {labels} labels, seed {seed}: {method:<20}{100 * row["accuracy"]:5.1f} %  {row["cpu_seconds"]:5.1f} s', flush=True)
+                print(
+                    f'{images}, {labels} labels, seed {seed}: {method:<20}{100 * row["accuracy"]:5.1f} %  {row["cpu_seconds"]:5.1f} s',
+                    flush=True,
+                )
     text = table(in_order(pd.read_csv(results)))
     new = args.out / f'policies.md.{os.getpid()}'
     new.write_text(text)

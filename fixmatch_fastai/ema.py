@@ -18,13 +18,19 @@ from fastai.torch_core import get_model, patch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # %% ../nbs/06_ema.ipynb #63508b33
-def _ema_fn(averaged, current, n, decay): get_ema_multi_avg_fn(decay)(averaged, current, n) # can be pickled, what torch returns can not
+def _ema_fn(averaged, current, n, decay): # torch's own can't be pickled
+    get_ema_multi_avg_fn(decay)(averaged, current, n)
 
 def _no_hook(*args, **kwargs): pass
 
+def _callback_hooks(model):
+    "Hooks of `model` that lead to a callback, or to a hook of fastai's"
+    hooks = [f for m in model.modules() for f in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return [f for f in hooks if isinstance(getattr(f, '__self__', None), (Callback,Hook))]
+
 def _averaged_copy(model, decay):
-    hooks = [f for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks) for f in d.values() if isinstance(getattr(f, '__self__', None), (Callback,Hook))]
-    ema = AveragedModel(deepcopy(model, {id(f): _no_hook for f in hooks}), multi_avg_fn=partial(_ema_fn, decay=decay))
+    copied = deepcopy(model, {id(f): _no_hook for f in _callback_hooks(model)})
+    ema = AveragedModel(copied, multi_avg_fn=partial(_ema_fn, decay=decay))
     ema.n_averaged += 1 # primed with the weights of now; with 0 the first update would forget them
     return ema.requires_grad_(False).eval()
 
@@ -33,31 +39,31 @@ def _averaged_copy(model, decay):
 def _copy(source, target):
     for s,t in zip(source, target): t.copy_(s)
 
-def _alike(a, b):
-    "Do they fit together: as many tensors, of the same shapes?"
-    return [o.shape for o in a] == [o.shape for o in b]
+def _same_shapes(a, b): return [o.shape for o in a] == [o.shape for o in b]
 
-def _same(a, b): return _alike(a, b) and all(torch.equal(s.to(t), t) for s,t in zip(a, b))
+def _same(a, b): return _same_shapes(a, b) and all(torch.equal(s.to(t), t) for s,t in zip(a, b))
 
-def _stamp(params): return tuple((id(p),p._version) for p in params)
+def _versions_of(params): return tuple((id(p),p._version) for p in params)
 
 # %% ../nbs/06_ema.ipynb #6d5adc88
 class ModelEMA(Callback):
-    "Keeps the moving average of the weights, and validates, saves and exports it ([FixMatch](https://arxiv.org/abs/2001.07685))"
-    # after TrainEval (-10), MixedPrecision (10) and DistributedTrainer (11) have moved, skipped a step of, or wrapped the model;
+    "Keeps the average of the weights, and validates, saves, exports it ([FixMatch](https://arxiv.org/abs/2001.07685))"
+    # after TrainEval (-10), MixedPrecision (10), DistributedTrainer (11), which move the model, skip steps, wrap it;
     # before Recorder (50) and all that judge and save it: LRFinder (60), SaveModel (61)
     order,run_valid = MixedPrecision.order+2,False
-    _stateattrs = ('_stamp',)
-    ema = _raw = _stamp = None
+    _stateattrs = ('_versions',)
+    ema = _raw = _versions = None
 
     def __init__(self,
         decay:float=0.999,   # What stays of the average at each step, 0 to below 1
-        half_life:float=None # Instead of `decay`: steps after which a step's share is halved, above 0; decay = 0.5**(1/half_life)
+        half_life:float=None # Instead of `decay`: steps after which a step's share is halved, above 0
     ):
-        if half_life is not None and decay != 0.999: raise ValueError(f"Give either `decay` or `half_life`, but got {decay} and {half_life}.")
-        if half_life is not None and not half_life > 0: raise ValueError(f"`half_life` must be above 0 steps, but got {half_life}.")
+        if half_life is not None:
+            if decay != 0.999: raise ValueError(f"Give either `decay` or `half_life`, but got {decay} and {half_life}.")
+            if not half_life > 0: raise ValueError(f"`half_life` must be above 0 steps, but got {half_life}.")
         if not 0 <= decay < 1: raise ValueError(f"`decay` must be 0 or more and below 1, but got {decay}.")
-        self.decay,self._warned = decay if half_life is None else 0.5**(1/half_life),False
+        self.decay = decay if half_life is None else 0.5**(1/half_life)
+        self._warned = False
 
     @property
     def half_life(self)->float: # Steps
@@ -81,98 +87,106 @@ class ModelEMA(Callback):
     @property
     def _average(self): return list(self.ema.parameters())
     @property
-    def _finding(self): return hasattr(self.learn, 'lr_finder')
+    def _in_lr_find(self): return hasattr(self.learn, 'lr_finder')
 
 # %% ../nbs/06_ema.ipynb #5f4781d1
 @patch
 def _foreign(self:ModelEMA):
-    "Were other weights put into the model while we did not look?"
+    "Were other weights put into the model since we last looked?"
     params = self._params
     if self.averaged or (self._raw is not None and _same(self._raw, params)): return False
-    return not _alike(self._average, params) or (self._stamp is not None and self._stamp != _stamp(params))
+    if not _same_shapes(self._average, params): return True
+    return self._versions is not None and self._versions != _versions_of(params)
 
 @patch
-def _forget(self:ModelEMA): self.ema = self._raw = self._stamp = None
+def _forget(self:ModelEMA): self.ema = self._raw = self._versions = None
 
 @patch
 def _swap_in(self:ModelEMA):
-    if self.ema is None or self._stamp == (): return
+    if self.ema is None or self._versions == (): return
     if self._raw is None: self._raw = [p.detach().clone() for p in self._params]
-    self._stamp = None
+    self._versions = None
     _copy(self._average, self._params)
     _copy(self._net.buffers(), self.ema.module.buffers())
-    self._stamp = ()
+    self._versions = ()
 
 # %% ../nbs/06_ema.ipynb #f12b0343
 @patch
 def before_fit(self:ModelEMA):
-    if len(self.learn._grab_cbs(ModelEMA)) > 1: raise ValueError("This learner has two ModelEMA callbacks: take one off with `learn.remove_cb`.")
+    if len(self.learn._grab_cbs(ModelEMA)) > 1:
+        raise ValueError("This learner has two ModelEMA callbacks: take one off with `learn.remove_cb`.")
     if self.ema is None: return
     if self._foreign(): return self._forget()
     self.ema.module.to(self._params[0].device)
-    if not self.averaged: self._stamp = None # raw weights where an interrupt left them, or what an interrupted `lr_find` left
+    # raw weights where an interrupt left them, or what an interrupted `lr_find` left
+    if not self.averaged: self._versions = None
     self._swap_in()
 
+# %% ../nbs/06_ema.ipynb #14b0aac1
 @patch
 def before_train(self:ModelEMA):
-    if self._finding: return
+    if self._in_lr_find: return
     if self.ema is not None and self._foreign(): self._forget() # loaded by another callback between two epochs
     if self.ema is None: self.ema = _averaged_copy(self._net, self.decay)
     if self._raw is not None:
-        self._stamp = None
+        self._versions = None
         _copy(self._raw, self._params)
         self._raw = None
-    self._stamp = _stamp(self._params)
+    self._versions = _versions_of(self._params)
     n = self.steps + self.n_epoch*len(self.dls.train)
     if self._warned or self.half_life <= n/2: return
     self._warned = True
-    warnings.warn(f"The average's half-life of {self.half_life:.0f} steps is long for {n} steps of training, so it stays close to the initial weights: "
+    warnings.warn(f"The average's half-life of {self.half_life:.0f} steps is long for {n} steps of training, "
+                  "so it stays close to the initial weights: "
                   f"use `ModelEMA(half_life={max(1, round(n/50))})`.", stacklevel=2)
 
 @patch
-def _hold(self:ModelEMA):
-    if not self._finding: self._swap_in()
+def _validate_average(self:ModelEMA):
+    if not self._in_lr_find: self._swap_in()
 
-ModelEMA.before_validate = ModelEMA.after_epoch = ModelEMA.after_fit = ModelEMA._hold
+ModelEMA.before_validate = ModelEMA.after_epoch = ModelEMA.after_fit = ModelEMA._validate_average
 
 # %% ../nbs/06_ema.ipynb #4876bc38
 @patch
-def before_step(self:ModelEMA): self._stamp = None
+def before_step(self:ModelEMA): self._versions = None
 
 @patch
-def after_cancel_step(self:ModelEMA): self._stamp = _stamp(self._params)
+def after_cancel_step(self:ModelEMA): self._versions = _versions_of(self._params)
 
 @patch
 def after_step(self:ModelEMA):
-    if self._stamp is None and not self._finding: self.ema.update_parameters(self._net)
-    self._stamp = _stamp(self._params)
+    if self._versions is None and not self._in_lr_find: self.ema.update_parameters(self._net)
+    self._versions = _versions_of(self._params)
 
 # %% ../nbs/06_ema.ipynb #6487d27e
 @patch
 def __getstate__(self:ModelEMA):
     state = super(ModelEMA, self).__getstate__()
-    if self.learn is not None and self.ema is not None and (self.averaged or self._foreign()): state.update(ema=None, _raw=None)
-    return state
+    if self.learn is None or self.ema is None: return state
+    return {**state, 'ema': None, '_raw': None} if self.averaged or self._foreign() else state
 
 @patch
-def state_dict(self:ModelEMA)->dict: # `average`: a model's state; `raw`: parameters by name; `steps`; empty before training
-    "What is needed to go on elsewhere as if nothing had been"
+def state_dict(self:ModelEMA)->dict: # `average`, a model's state; `raw`, parameters by name; `steps`
+    "What is needed to go on elsewhere as if nothing had been; empty before training"
     if self.ema is None: return {}
     if self._raw is None: _copy(self._net.buffers(), self.ema.module.buffers())
     raw = self._params if self._raw is None else self._raw
-    return dict(average=self.ema.module.state_dict(), raw={n:p.detach() for (n,_),p in zip(self._net.named_parameters(), raw)}, steps=self.steps)
+    raw = {name: p.detach() for (name,_),p in zip(self._net.named_parameters(), raw)}
+    return dict(average=self.ema.module.state_dict(), raw=raw, steps=self.steps)
 
 @patch
 def load_state_dict(self:ModelEMA,
-    sd:dict # From `state_dict`
+    sd:dict # From `state_dict`; ValueError if it is another model's
 ):
-    "Take over average, raw weights and steps, and put the average with BatchNorm's statistics into the model; ValueError where they are another model's"
+    "Take over average, raw weights and steps, and put the average with BatchNorm's statistics into the model"
     if not sd: return self._forget()
-    ema,names = _averaged_copy(self._net, self.decay),[n for n,_ in self._net.named_parameters()]
+    ema = _averaged_copy(self._net, self.decay)
     try: ema.module.load_state_dict(sd['average'])
-    except RuntimeError as e: raise ValueError(f"This average is another model's: load it into a learner with the same network. {e}") from None
-    raw = [sd['raw'][n].detach().clone() for n in names]
+    except RuntimeError as e:
+        raise ValueError("This average is another model's: "
+                         f"load it into a learner with the same network. {e}") from None
+    raw = [sd['raw'][name].detach().clone() for name,_ in self._net.named_parameters()]
     ema.n_averaged.fill_(sd['steps']+1)
-    self.ema,self._raw,self._stamp = ema,raw,None
+    self.ema,self._raw,self._versions = ema,raw,None
     _copy(ema.module.buffers(), self._net.buffers())
     self._swap_in()

@@ -10,6 +10,7 @@ __all__ = ['SemiBatch', 'PseudoLabels', 'Memory', 'Unseen', 'finite_rows', 'mask
 
 # %% ../nbs/02_policy.ipynb #766b678c
 from contextlib import contextmanager
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -21,14 +22,14 @@ from torch import Tensor, nn
 class SemiBatch(NamedTuple):
     "What a `Policy` may look at: plain tensors on one device, without gradient"
     x: Tensor = None           # Labelled images as the model saw them, (B, channels, H, W)
-    y: Tensor = None           # Their classes, int64 (B,); for several labels in an image 0 or 1 of each class, float32 (B, C)
+    y: Tensor = None           # Their classes, int64 (B,); for multi-label 0 or 1 of each class, float32 (B, C)
     weak: Tensor = None        # Weak views as the model saw them, (M, channels, H, W)
-    idxs: Tensor = None        # Places in the pool, int64 (M,), or `None` if the loader gives none
+    idxs: Tensor = None        # Their numbers in the pool, int64 (M,), or `None` if the loader gives none
     logits_x: Tensor = None    # Logits of the labelled images, float32 (B, C)
     logits_weak: Tensor = None # Logits of the weak views, float32 (M, C)
-    autocast: torch.dtype = None # What the model's pass ran in under autocast, or `None`: for policies that run the model again
-    finite: Tensor = None      # Which weak logits are finite, bool (M,): `Policy` looks, and makes the others even
-    finite_x: Tensor = None    # Which labelled logits are, bool (B,)
+    autocast: torch.dtype = None # Under autocast, its type: for policies that run the model again
+    finite: Tensor = None      # Rows of finite weak logits, bool (M,): set by `Policy`, which makes the others even
+    finite_x: Tensor = None    # Rows of finite labelled logits, bool (B,)
 
     @property
     def probs(self)->Tensor: # float32 (M, C)
@@ -39,7 +40,7 @@ class SemiBatch(NamedTuple):
 class PseudoLabels(NamedTuple):
     "What a `Policy` decides"
     targets: Tensor # Classes, int64 (M,), or probabilities, float32 (M, C)
-    weights: Tensor # How much each counts, float32 in 0 to 1: (M,), or (M, C) for several labels in an image
+    weights: Tensor # How much each counts, float32 in 0 to 1: (M,), or (M, C) for multi-label
 
 # %% ../nbs/02_policy.ipynb #cb3b3205
 class Memory(nn.Module):
@@ -47,12 +48,18 @@ class Memory(nn.Module):
     _made,_loaded = False,frozenset()
 
     def remember(self, **buffers):
-        "Make all buffers, once in `setup`, with these start values; where `load_state_dict` or a pickle has brought them before, those stay"
-        if self._loaded and (had := {k: tuple(getattr(self, k).shape) for k in sorted(self._loaded)}) != (want := {k: tuple(v.shape) for k,v in buffers.items()}):
-            raise ValueError(f"The loaded memory of {type(self).__name__} holds {had}, but this training needs {want}: it was saved by another policy, with other classes or for another pool.")
-        if not self._loaded:
-            for name,v in buffers.items(): self.register_buffer(name, v)
+        "Make all buffers, once in `setup`; where `load_state_dict` or a pickle has brought them before, those stay"
+        if self._loaded: self._check_loaded(buffers)
+        else:
+            for name,start in buffers.items(): self.register_buffer(name, start)
         self._made,self._loaded = True,frozenset()
+
+    def _check_loaded(self, buffers):
+        had = {k: tuple(getattr(self, k).shape) for k in sorted(self._loaded)}
+        needed = {k: tuple(v.shape) for k,v in buffers.items()}
+        if had == needed: return
+        raise ValueError(f"The loaded memory of {type(self).__name__} holds {had}, but this training needs {needed}: "
+                         "it was saved by another policy, with other classes or for another pool.")
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if not self._made and type(self).setup is not Policy.setup: # `setup` comes later
@@ -67,6 +74,7 @@ class Memory(nn.Module):
         super().__setstate__(state)
         if self._made: self._made,self._loaded = False,frozenset(self._buffers.keys()-self._non_persistent_buffers_set)
 
+# %% ../nbs/02_policy.ipynb #a60ee9ae
 class Unseen:
     "Holds a model where a policy's `to`, `state_dict`, copies and pickles do not see it"
     def __init__(self, model): self.model = model
@@ -78,43 +86,46 @@ def finite_rows(x)->Tensor: # bool (M,)
     "Which rows of `x`, (M, ...), hold finite numbers only"
     return x.isfinite().flatten(1).all(1) if x.ndim > 1 else x.isfinite()
 
-def _where_rows(rows, x): return torch.where(rows.view(-1, *[1]*(x.ndim-1)), x, torch.zeros_like(x))
+def _zero_others(x, rows):
+    "`x` with zeros in all but these rows, bool (M,)"
+    return torch.where(rows.view(-1, *[1]*(x.ndim-1)), x, torch.zeros_like(x))
 
 def _finite_logits(logits, known):
-    "`logits` with zeros in rows that are not finite, and which are, of those `known` to be"
+    "`logits` with zeros in rows that are not finite, and which rows are, of those `known` to be"
     if logits is None: return None,known
     rows = finite_rows(logits)
-    return _where_rows(rows, logits),rows if known is None else rows & known
+    return _zero_others(logits, rows),rows if known is None else rows & known
 
 def _fits(pseudo, n):
-    "Are these targets and weights of `n` images? If not, `FixMatch` says what is wrong with them"
-    return isinstance(pseudo, tuple) and len(pseudo) == 2 and all(isinstance(o, Tensor) and o.ndim and len(o) == n for o in pseudo)
+    "Are these targets and weights of `n` images? If not, `FixMatch` raises an error that describes them"
+    if not isinstance(pseudo, tuple) or len(pseudo) != 2: return False
+    return all(isinstance(o, Tensor) and o.ndim and len(o) == n for o in pseudo)
 
 def masked(
     logits_strong:Tensor, # (M, C), with gradient
     pseudo:PseudoLabels
 )->tuple: # `(logits_strong, pseudo)`
-    "Strong logits and pseudo-labels with even logits and no weight in rows that are not finite, of either"
+    "Strong logits and pseudo-labels, with even logits and no weight in rows where either is not finite"
     if not _fits(pseudo, len(logits_strong)): return logits_strong,pseudo
     rows = finite_rows(logits_strong) & finite_rows(pseudo.weights)
     if pseudo.targets.is_floating_point(): rows = rows & finite_rows(pseudo.targets)
-    return _where_rows(rows, logits_strong),PseudoLabels(_where_rows(rows, pseudo.targets),_where_rows(rows, pseudo.weights))
+    return _zero_others(logits_strong, rows),PseudoLabels(*(_zero_others(o, rows) for o in pseudo))
 
 # %% ../nbs/02_policy.ipynb #36f880fa
 class Policy(Memory):
     "Decides which pseudo-labels count. Subclasses write `forward`, and `setup` if they remember something"
     needs_labeled = False # True: `logits_x` must be known before the loss
-    multi_label = False   # True: for several labels in an image; then targets, weights and losses are (M, C)
+    multi_label = False   # True: an image may have several labels; targets, weights and losses are (M, C)
 
     def setup(self,
         n_classes:int,       # C
-        n_unlabeled:int,     # Images in the pool, or `None` where the loader does not tell
+        n_unlabeled:int,     # Images in the pool, or `None` where it is not known
         model:nn.Module      # The model; a policy that keeps it keeps `Unseen(model)`
     ):
         "Called once, at the first training batch: the place to `remember`"
 
     def __call__(self, batch:SemiBatch)->PseudoLabels:
-        "What `forward` says; rows whose logits are not finite are shown to it as even ones, and weigh nothing"
+        "What `forward` decides; it sees even logits in rows that are not finite, which then weigh nothing"
         weak,finite = _finite_logits(batch.logits_weak, batch.finite)
         x,finite_x = _finite_logits(batch.logits_x, batch.finite_x)
         pseudo = super().__call__(batch._replace(logits_weak=weak, logits_x=x, finite=finite, finite_x=finite_x))
@@ -123,7 +134,8 @@ class Policy(Memory):
 
     def forward(self, batch:SemiBatch)->PseudoLabels:
         "Decide; called without gradient and outside autocast"
-        raise NotImplementedError(f"{type(self).__name__} needs a `forward(batch)` that returns `PseudoLabels(targets, weights)`.")
+        raise NotImplementedError(f"{type(self).__name__} needs a `forward(batch)` "
+                                  "that returns `PseudoLabels(targets, weights)`.")
 
     def loss(self,
         logits_strong:Tensor, # float32 (M, C), with gradient
@@ -133,27 +145,29 @@ class Policy(Memory):
         return F.cross_entropy(logits_strong, pseudo.targets, reduction='none')
 
     def penalty(self, batch:SemiBatch, pseudo:PseudoLabels, logits_strong:Tensor):
-        "An extra term of the loss, 0 by default. With `forward='selective'`, `pseudo` and `logits_strong` are of those images alone that may count, fewer than in `batch`"
+        "An extra term of the loss, 0 by default"
+        # with `forward='selective'`, `pseudo` and `logits_strong` have fewer rows than `batch`: those that may count
         return 0.
 
     def thresholds(self)->Tensor: # float32 (C,), or () for all classes
-        "From which confidence on a class counts now, for pictures; `None` where that is not what decides"
+        "The confidence from which each class counts now, for pictures; `None` where something else decides"
 
     def __and__(self, other): return Combined(self, other, '&')
     def __or__(self, other): return Combined(self, other, '|')
 
 # %% ../nbs/02_policy.ipynb #2a562c22
-def check_range(name, v, low, high):
+def check_range(name, v, low, high=inf):
     "`v`, or a ValueError that names it, unless it is a number from `low` to `high`"
-    if not isinstance(v, (int,float)) or not low <= v <= high:
-        raise ValueError(f"`{name}` must be " + (f"{low} or more" if high == float('inf') else f"between {low} and {high}") + f", but got {v}.")
-    return v
+    if isinstance(v, (int,float)) and low <= v <= high: return v
+    allowed = f"{low} or more" if high == inf else f"between {low} and {high}"
+    raise ValueError(f"`{name}` must be {allowed}, but got {v}.")
 
 def check_above_0(name, v):
     "`v`, or a ValueError that names it, unless it is a number above 0"
-    if not isinstance(v, (int,float)) or not v > 0: raise ValueError(f"`{name}` must be above 0, but got {v}.")
-    return v
+    if isinstance(v, (int,float)) and v > 0: return v
+    raise ValueError(f"`{name}` must be above 0, but got {v}.")
 
+# %% ../nbs/02_policy.ipynb #9fc6dbd3
 class FixedThreshold(Policy):
     "Hard labels of which the model is sure enough ([FixMatch](https://arxiv.org/abs/2001.07685), equation 4)"
     def __init__(self,
@@ -172,7 +186,7 @@ class FixedThreshold(Policy):
 
 # %% ../nbs/02_policy.ipynb #379f3559
 class UDA(Policy):
-    "Sharpened soft labels of which the model is sure enough ([UDA](https://arxiv.org/abs/1904.12848), section 2.2, \"training techniques\" of appendix)"
+    "Sharpened soft labels of which the model is sure enough ([UDA](https://arxiv.org/abs/1904.12848), section 2.2)"
     def __init__(self,
         threshold:float=0.8, # Smallest confidence that counts, 0 to 1
         T:float=0.4          # Temperature of the targets, above 0
@@ -181,7 +195,8 @@ class UDA(Policy):
         self.threshold,self.T = check_range('threshold', threshold, 0, 1),check_above_0('T', T)
 
     def forward(self, batch):
-        return PseudoLabels((batch.logits_weak/self.T).softmax(1), (batch.probs.max(1).values >= self.threshold).float())
+        confidence,targets = batch.probs.max(1).values,(batch.logits_weak/self.T).softmax(1)
+        return PseudoLabels(targets, (confidence >= self.threshold).float())
 
     def extra_repr(self): return f'threshold={self.threshold}, T={self.T}'
 
@@ -194,10 +209,11 @@ def _together(): return dist.is_available() and dist.is_initialized() and not _a
 def alone():
     "Here a policy looks at this process's rows only, and waits for no other: to try it in one process of several"
     global _alone
-    was,_alone = _alone,True
+    before,_alone = _alone,True
     try: yield
-    finally: _alone = was
+    finally: _alone = before
 
+# %% ../nbs/02_policy.ipynb #2163d3c4
 def sum_rows(
     x:Tensor,         # (M, ...)
     rows:Tensor=None  # Which of them count, bool (M,); default: all. Those that are not finite never do
@@ -205,7 +221,7 @@ def sum_rows(
     "Sum over the rows of all processes, which may have different numbers of them"
     finite = finite_rows(x)
     rows = finite if rows is None else finite & rows
-    total = torch.cat([_where_rows(rows, x).sum(0).flatten(), rows.sum().to(x.dtype)[None]])
+    total = torch.cat([_zero_others(x, rows).sum(0).flatten(), rows.sum().to(x.dtype)[None]])
     if _together(): dist.all_reduce(total)
     return total[:-1].view(x.shape[1:]),total[-1]
 
@@ -233,7 +249,7 @@ def all_rows(
 
 # %% ../nbs/02_policy.ipynb #f7a06d02
 class FlexMatch(Policy):
-    "Thresholds by class: lower where fewer images have been learned ([FlexMatch](https://arxiv.org/abs/2110.08263), section 3, equations 5, 7 and 11)"
+    "Lower thresholds for classes of which fewer images are learned ([FlexMatch](https://arxiv.org/abs/2110.08263))"
     def __init__(self,
         threshold:float=0.95 # Highest threshold, and the confidence from which an image counts as learned, 0 to 1
     ):
@@ -241,16 +257,21 @@ class FlexMatch(Policy):
         self.threshold = check_range('threshold', threshold, 0, 1)
 
     def setup(self, n_classes, n_unlabeled, model):
-        if n_unlabeled is None: raise ValueError("FlexMatch keeps a note on each unlabelled image, so it must know how many there are: give the loader a `dataset` that has a length, or make it with `dls.unlabeled_dl(files)`.")
-        # the last place is for images that are not noted, the last class for those never learned
+        if n_unlabeled is None:
+            raise ValueError("FlexMatch keeps a note on each unlabelled image, so it must know how many there are: "
+                             "give the loader a `dataset` that has a length, "
+                             "or make it with `dls.unlabeled_dl(files)`.")
+        # the class that each image was last learned as, or `n_classes`; one more entry takes what is not noted
         self.remember(last=torch.full((n_unlabeled+1,), n_classes), counts=torch.tensor([0]*n_classes + [n_unlabeled]))
-        self.register_buffer('turn', torch.zeros(n_unlabeled+1, dtype=torch.long), persistent=False)
+        self.register_buffer('row', torch.zeros(n_unlabeled+1, dtype=torch.long), persistent=False)
 
     def forward(self, batch):
-        if batch.idxs is None: raise ValueError("FlexMatch needs the place of each unlabelled image in the pool (`idxs`): make the loader with `dls.unlabeled_dl(files)`, or let it yield (weak, strong, idxs).")
+        if batch.idxs is None:
+            raise ValueError("FlexMatch needs the place of each unlabelled image in the pool (`idxs`): "
+                             "make the loader with `dls.unlabeled_dl(files)`, or let it yield (weak, strong, idxs).")
         confidence,k = batch.probs.max(1)
         weights = (confidence >= self.thresholds()[k]).float()
-        self._note(*(all_rows(o) for o in (batch.idxs, k, (confidence >= self.threshold) & batch.finite)))
+        self._note(*map(all_rows, (batch.idxs, k, (confidence >= self.threshold) & batch.finite)))
         return PseudoLabels(k, weights)
 
     def thresholds(self):
@@ -258,22 +279,27 @@ class FlexMatch(Policy):
         return self.threshold*(beta/(2-beta))
 
     def _note(self, idxs, k, sure):
-        if idxs.device.type == 'cpu' and not 0 <= int(idxs.min()) <= int(idxs.max()) < len(self.last)-1:
-            raise ValueError(f"`idxs` must be places in a pool of {len(self.last)-1} images, but go from {int(idxs.min())} to {int(idxs.max())}.")
-        place,order = torch.where(sure, idxs, len(self.last)-1),torch.arange(len(idxs), device=idxs.device)
-        self.turn.scatter_reduce_(0, place, order, 'amax', include_self=False)
-        place = torch.where(self.turn[place] == order, place, len(self.last)-1) # a repeated image counts once, the last time
-        new = (place < len(self.last)-1).long()
-        self.counts.scatter_add_(0, self.last[place], -new).scatter_add_(0, k, new)
-        self.last[place] = torch.where(new.bool(), k, len(self.counts)-1)
+        n,rows = len(self.last)-1,torch.arange(len(idxs), device=idxs.device)
+        if idxs.device.type == 'cpu' and not 0 <= int(idxs.min()) <= int(idxs.max()) < n:
+            raise ValueError(f"`idxs` must be places in a pool of {n} images, "
+                             f"but go from {int(idxs.min())} to {int(idxs.max())}.")
+        idxs = torch.where(sure, idxs, n)
+        self.row.scatter_reduce_(0, idxs, rows, 'amax', include_self=False)
+        idxs = torch.where(self.row[idxs] == rows, idxs, n) # of an image that is repeated, its last row is noted
+        learned = (idxs < n).long()
+        self.counts.scatter_add_(0, self.last[idxs], -learned).scatter_add_(0, k, learned)
+        self.last[idxs] = torch.where(learned.bool(), k, len(self.counts)-1)
 
     def extra_repr(self): return f'threshold={self.threshold}'
 
 # %% ../nbs/02_policy.ipynb #f7ed6824
-def _normed(x): return x/x.sum().clamp(min=1e-12)
+def _sum_norm(p, hist, known):
+    "`p`/`hist` of the `known` classes, scaled to a sum of 1 (SumNorm of the paper)"
+    ratio = torch.where(known, p/hist.clamp(min=1e-12), 0.)
+    return ratio/ratio.sum().clamp(min=1e-12)
 
 class FreeMatch(Policy):
-    "Thresholds that follow the model's own confidence, and a fairness penalty ([FreeMatch](https://arxiv.org/abs/2205.07246), sections 3.1 to 3.3)"
+    "Thresholds that follow the confidence, and a fairness penalty ([FreeMatch](https://arxiv.org/abs/2205.07246))"
     def __init__(self,
         lambda_f:float=0.01, # Weight of the fairness penalty, 0 or more; the paper uses 0.001 to 0.05
         lower:float=0.,      # The global threshold is kept above this, 0 to 1
@@ -281,56 +307,59 @@ class FreeMatch(Policy):
         decay:float=0.999    # Of the running averages, 0 to 1
     ):
         super().__init__()
-        self.lower,self.upper,self.decay = (check_range(n, v, 0, 1) for n,v in dict(lower=lower, upper=upper, decay=decay).items())
+        self.lower,self.upper = check_range('lower', lower, 0, 1),check_range('upper', upper, 0, 1)
         if lower > upper: raise ValueError(f"`lower` must not be above `upper`, but got {lower} and {upper}.")
-        self.lambda_f = check_range('lambda_f', lambda_f, 0, float('inf'))
+        self.decay,self.lambda_f = check_range('decay', decay, 0, 1),check_range('lambda_f', lambda_f, 0)
 
     def setup(self, n_classes, n_unlabeled, model):
         even = torch.full((n_classes,), 1/n_classes)
         self.remember(tau=torch.tensor(1/n_classes), p=even.clone(), hist=even.clone())
 
     def forward(self, batch):
-        probs = batch.probs
-        confidence,k = probs.max(1)
-        n_classes = len(self.p)
-        mean = mean_rows(torch.cat([confidence[:,None], probs, F.one_hot(k, n_classes).float()], 1), batch.finite).split([1,n_classes,n_classes])
-        for average,new in zip((self.tau,self.p,self.hist), mean): follow(average, new.view_as(average), 1-self.decay)
+        confidence,k = batch.probs.max(1)
+        C = len(self.p)
+        seen = torch.cat([confidence[:,None], batch.probs, F.one_hot(k, C).float()], 1)
+        means = mean_rows(seen, batch.finite).split([1,C,C])
+        for average,new in zip((self.tau,self.p,self.hist), means): follow(average, new.view_as(average), 1-self.decay)
         return PseudoLabels(k, (confidence >= self.thresholds()[k]).float())
 
     def thresholds(self): return self.tau.clamp(self.lower, self.upper)*self.p/self.p.max()
 
     def penalty(self, batch, pseudo, logits_strong):
-        "λ_f · Σ_j SumNorm(p̃ ⁄ h̃)_j · log SumNorm(p̄ ⁄ h̄)_j over the accepted images; classes that are never predicted are left out (equation 12)"
+        "λ_f · Σ_j SumNorm(p̃ ⁄ h̃)_j · log SumNorm(p̄ ⁄ h̄)_j over the accepted images (equation 12)"
         used = (pseudo.weights > 0).float()[:,None]
-        n = used.sum().clamp(min=1)
-        probs = logits_strong.softmax(1)
+        n,probs = used.sum().clamp(min=1),logits_strong.softmax(1)
         p = (used*probs).sum(0)/n
         hist = (used*F.one_hot(probs.argmax(1), probs.shape[1])).sum(0)/n
-        some = hist > 0
-        ratio = _normed(torch.where(some, p/hist.clamp(min=1e-12), 0.))
-        return self.lambda_f*torch.where(some, _normed(torch.where(self.hist > 1e-12, self.p/self.hist.clamp(min=1e-12), 0.))*ratio.clamp(min=1e-12).log(), 0.).sum()
+        predicted = hist > 0 # the other classes are left out
+        wanted,found = _sum_norm(self.p, self.hist, self.hist > 1e-12),_sum_norm(p, hist, predicted)
+        return self.lambda_f*torch.where(predicted, wanted*found.clamp(min=1e-12).log(), 0.).sum()
 
-    def extra_repr(self): return f'lambda_f={self.lambda_f}, lower={self.lower}, upper={self.upper}, decay={self.decay}'
+    def extra_repr(self):
+        return f'lambda_f={self.lambda_f}, lower={self.lower}, upper={self.upper}, decay={self.decay}'
 
 # %% ../nbs/02_policy.ipynb #e252c6f8
 class DistributionAlignment(Memory):
-    "Scales probabilities so that their running mean becomes even, or that of labelled images ([ReMixMatch](https://arxiv.org/abs/1911.09785), section 3.1)"
+    "Scales probabilities to an even mean, or the labelled one ([ReMixMatch](https://arxiv.org/abs/1911.09785))"
     def __init__(self,
         decay:float=0.999, # Of the running means, 0 to 1
-        prior:float=0.     # How many batches of even shares the means begin with, 0 or more; with 0 they begin with the first batch, and follow with `decay` at once
+        # How many batches of even shares the means begin with, 0 or more;
+        # with 0 they begin with the first batch, and follow with `decay` at once
+        prior:float=0.
     ):
         super().__init__()
-        self.decay,self.prior = check_range('decay', decay, 0, 1),check_range('prior', prior, 0, float('inf'))
+        self.decay,self.prior = check_range('decay', decay, 0, 1),check_range('prior', prior, 0)
 
     def setup(self, n_classes):
         start = torch.full((n_classes,), 1/n_classes if self.prior else torch.nan)
         seen = {name: torch.tensor(float(self.prior)) for name in ('seen','seen_x')} if self.prior else {}
         self.remember(mean=start, mean_x=start.clone(), **seen)
 
-    def _follow(self, new, which=''):
-        average = getattr(self, 'mean'+which)
-        if not self.prior: return average.copy_(torch.where(average.isnan(), new, follow(average.clone(), new, 1-self.decay)))
-        seen = getattr(self, 'seen'+which)
+    def _follow(self, new, average, seen=None):
+        "Move `average` towards `new`; with a prior, `seen` counts the batches in it"
+        if seen is None:
+            moved = follow(average.clone(), new, 1-self.decay)
+            return average.copy_(torch.where(average.isnan(), new, moved))
         follow(average, new, (1/(seen+1)).clamp(min=1-self.decay))
         seen += new.isfinite().all() # a batch without a finite row is none
         return average
@@ -341,14 +370,15 @@ class DistributionAlignment(Memory):
         finite:Tensor=None,  # Which rows of `probs` the running mean takes in, bool (M,); default: all
         finite_x:Tensor=None # And which of `probs_x`
     )->Tensor: # (M, C)
-        mean = self._follow(mean_rows(probs, finite))
-        target = 1/probs.shape[1] if probs_x is None else self._follow(mean_rows(probs_x, finite_x), '_x')
+        seen,seen_x = (self.seen,self.seen_x) if self.prior else (None,None)
+        mean,target = self._follow(mean_rows(probs, finite), self.mean, seen),1/probs.shape[1]
+        if probs_x is not None: target = self._follow(mean_rows(probs_x, finite_x), self.mean_x, seen_x)
         aligned = probs*(target+1e-6)/(mean+1e-6)
         return aligned/aligned.sum(1, keepdim=True)
 
 # %% ../nbs/02_policy.ipynb #4c204a07
 class SoftMatch(Policy):
-    "Weights along a bell curve below the mean confidence ([SoftMatch](https://arxiv.org/abs/2301.10921), sections 3.2 and 3.3)"
+    "Weights along a bell curve below the mean confidence ([SoftMatch](https://arxiv.org/abs/2301.10921), section 3)"
     def __init__(self,
         n_sigma:float=2., # The bell is this many times narrower than the confidences scatter, above 0
         decay:float=0.999 # Of the running averages, 0 to 1
@@ -376,7 +406,7 @@ class SoftMatch(Policy):
 
 # %% ../nbs/02_policy.ipynb #f5b4bb7c
 class AdaMatch(Policy):
-    "A threshold relative to the confidence on labelled images, labels aligned to their classes ([AdaMatch](https://arxiv.org/abs/2106.04732), section 3.2; without its interpolated labelled logits, strong labelled views and ramp of λ_u)"
+    "Labels and a threshold relative to the labelled images ([AdaMatch](https://arxiv.org/abs/2106.04732))"
     needs_labeled = True
     def __init__(self,
         threshold:float=0.9, # Share of the labelled images' mean confidence that counts, 0 to 1
@@ -391,13 +421,14 @@ class AdaMatch(Policy):
     def forward(self, batch):
         probs_x = batch.logits_x.softmax(1)
         confidence,k = self.align(batch.probs, probs_x, batch.finite, batch.finite_x).max(1)
-        return PseudoLabels(k, (confidence >= self.threshold*mean_rows(probs_x.max(1).values, batch.finite_x)).float())
+        bar = self.threshold*mean_rows(probs_x.max(1).values, batch.finite_x)
+        return PseudoLabels(k, (confidence >= bar).float())
 
     def extra_repr(self): return f'threshold={self.threshold}'
 
 # %% ../nbs/02_policy.ipynb #94aa641a
 class Dash(Policy):
-    "A bound on the loss of pseudo-labels that falls in steps, after a supervised warm-up ([Dash](https://arxiv.org/abs/2109.00650), section 4)"
+    "A bound on the loss of pseudo-labels, which falls in steps ([Dash](https://arxiv.org/abs/2109.00650), section 4)"
     needs_labeled = True
     def __init__(self,
         warmup:int=100,      # Steps in which no pseudo-label counts, 0 or more
@@ -408,33 +439,43 @@ class Dash(Policy):
         T:float=0.5          # Temperature of the soft targets, above 0
     ):
         super().__init__()
-        self.warmup,self.every,self.gamma = check_range('warmup', warmup, 0, float('inf')),check_range('every', every, 1, float('inf')),check_range('gamma', gamma, 1, float('inf'))
-        self.C,self.rho_min,self.T = check_above_0('C', C),check_range('rho_min', rho_min, 0, float('inf')),check_above_0('T', T)
+        self.warmup,self.every = check_range('warmup', warmup, 0),check_range('every', every, 1)
+        self.gamma,self.C = check_range('gamma', gamma, 1),check_above_0('C', C)
+        self.rho_min,self.T = check_range('rho_min', rho_min, 0),check_above_0('T', T)
 
-    def setup(self, n_classes, n_unlabeled, model): self.remember(step=torch.tensor(0), rho_x=torch.tensor(torch.nan))
+    def setup(self, n_classes, n_unlabeled, model):
+        self.remember(step=torch.tensor(0), rho_x=torch.tensor(torch.nan))
 
     def forward(self, batch):
-        loss_x = mean_rows(F.cross_entropy(batch.logits_x, batch.y, reduction='none'), batch.finite_x)
-        unknown = self.rho_x.isnan() # until a labelled loss was finite
-        latest = torch.where(unknown, loss_x, follow(self.rho_x.clone(), loss_x, 0.1)) # about the last ten batches of the warm-up
-        self.rho_x.copy_(torch.where((self.step < self.warmup) | unknown, latest, self.rho_x))
-        rho = self._rho()
-        k = batch.logits_weak.argmax(1)
-        targets = torch.where(rho > self.rho_min, (batch.logits_weak/self.T).softmax(1), F.one_hot(k, batch.logits_weak.shape[1]).float())
-        weights = ((F.cross_entropy(batch.logits_weak, k, reduction='none') <= rho) & (self.step >= self.warmup)).float()
+        self._follow_labeled(mean_rows(F.cross_entropy(batch.logits_x, batch.y, reduction='none'), batch.finite_x))
+        logits,rho = batch.logits_weak,self._rho()
+        k = logits.argmax(1)
+        soft,hard = (logits/self.T).softmax(1),F.one_hot(k, logits.shape[1]).float()
+        counts = (F.cross_entropy(logits, k, reduction='none') <= rho) & (self.step >= self.warmup)
         self.step += 1
-        return PseudoLabels(targets, weights)
+        return PseudoLabels(torch.where(rho > self.rho_min, soft, hard), counts.float())
+
+    def _follow_labeled(self, loss_x):
+        unknown = self.rho_x.isnan() # until a labelled loss was finite
+        # about the last ten batches of the warm-up
+        latest = torch.where(unknown, loss_x, follow(self.rho_x.clone(), loss_x, 0.1))
+        self.rho_x.copy_(torch.where((self.step < self.warmup) | unknown, latest, self.rho_x))
 
     def _rho(self):
         n_falls = (self.step-self.warmup).clamp(min=0)//self.every
         return (self.C*self.rho_x*self.gamma**-n_falls.float()).clamp(min=self.rho_min)
 
-    def thresholds(self): return torch.where(self.step < self.warmup, 1., torch.exp(-self._rho())) # a loss of ρ is a confidence of exp(−ρ)
-    def extra_repr(self): return f'warmup={self.warmup}, every={self.every}, gamma={self.gamma}, C={self.C}, rho_min={self.rho_min}, T={self.T}'
+    def thresholds(self):
+        confidence = torch.exp(-self._rho()) # where the loss is ρ
+        return torch.where(self.step < self.warmup, 1., confidence)
+
+    def extra_repr(self):
+        names = 'warmup','every','gamma','C','rho_min','T'
+        return ', '.join(f'{o}={getattr(self, o)}' for o in names)
 
 # %% ../nbs/02_policy.ipynb #2242704f
 class AlignedLabels(Policy):
-    "Soft labels whose classes are evened out and which are sharpened ([ReMixMatch](https://arxiv.org/abs/1911.09785), sections 3.1 and 3.2), weighed by their confidence above a threshold"
+    "Soft labels, aligned to even classes and sharpened ([ReMixMatch](https://arxiv.org/abs/1911.09785), section 3)"
     def __init__(self,
         threshold:float=0.8, # Smallest aligned confidence that counts, 0 to 1
         T:float=0.5,         # Temperature of the targets, above 0
@@ -455,7 +496,7 @@ class AlignedLabels(Policy):
 
 # %% ../nbs/02_policy.ipynb #0f792258
 class DebiasMatch(Policy):
-    "Labels from logits less a multiple of the log mean probability of each class ([DebiasMatch](https://arxiv.org/abs/2201.01490), section 3.2; its marginal loss, section 3.3, with `margin=True`)"
+    "Labels from logits less a multiple of the log mean probability ([DebiasMatch](https://arxiv.org/abs/2201.01490))"
     def __init__(self,
         threshold:float=0.95, # Smallest confidence that counts, 0 to 1
         strength:float=0.5,   # How much of the bias is taken off, 0 or more (λ of the paper)
@@ -463,8 +504,8 @@ class DebiasMatch(Policy):
         margin:bool=False     # Add the same bias to the strong logits in the loss?
     ):
         super().__init__()
-        self.threshold,self.decay,self.margin = check_range('threshold', threshold, 0, 1),check_range('decay', decay, 0, 1),margin
-        self.strength = check_range('strength', strength, 0, float('inf'))
+        self.threshold,self.decay = check_range('threshold', threshold, 0, 1),check_range('decay', decay, 0, 1)
+        self.strength,self.margin = check_range('strength', strength, 0),margin
         self.register_buffer('bias', None, persistent=False) # of the batch that was judged last, (C,)
 
     def setup(self, n_classes, n_unlabeled, model):
@@ -478,11 +519,25 @@ class DebiasMatch(Policy):
         return PseudoLabels(k, (confidence >= self.threshold).float())
 
     def loss(self, logits_strong, pseudo):
-        return super().loss(logits_strong + self.bias if self.margin and self.bias is not None else logits_strong, pseudo)
+        if self.margin and self.bias is not None: logits_strong = logits_strong + self.bias
+        return super().loss(logits_strong, pseudo)
 
-    def extra_repr(self): return f'threshold={self.threshold}, strength={self.strength}, decay={self.decay}' + ', margin=True'*self.margin
+    def extra_repr(self):
+        margin = ', margin=True' if self.margin else ''
+        return f'threshold={self.threshold}, strength={self.strength}, decay={self.decay}{margin}'
 
 # %% ../nbs/02_policy.ipynb #5378a60e
+def _check_pair(first, second):
+    names = type(first).__name__,type(second).__name__
+    if not isinstance(second, Policy):
+        raise TypeError(f"A policy can be combined with a policy only, but got a {names[1]}.")
+    if first.multi_label != second.multi_label:
+        raise ValueError(f"{names[0]} and {names[1]} can't be combined: one is for several labels in an image, "
+                         "the other for one class in each.")
+    if set(first.modules()) & set(second.modules()):
+        raise ValueError("A policy can't be combined with itself, as it would remember each batch twice: "
+                         "make a second one.")
+
 class Combined(Policy):
     "Two policies as one: targets and loss of the first, weights multiplied (`&`) or the larger of both (`|`)"
     def __init__(self,
@@ -491,10 +546,7 @@ class Combined(Policy):
         how:str # `'&'` or `'|'`
     ):
         super().__init__()
-        if not isinstance(second, Policy): raise TypeError(f"A policy can be combined with a policy only, but got a {type(second).__name__}.")
-        if first.multi_label != second.multi_label:
-            raise ValueError(f"{type(first).__name__} and {type(second).__name__} can't be combined: one is for several labels in an image, the other for one class in each.")
-        if set(first.modules()) & set(second.modules()): raise ValueError("A policy can't be combined with itself, as it would remember each batch twice: make a second one.")
+        _check_pair(first, second)
         self.first,self.second,self.how = first,second,how
 
     @property
@@ -515,37 +567,47 @@ class Combined(Policy):
         return self.first.penalty(batch, pseudo, logits_strong) + self.second.penalty(batch, pseudo, logits_strong)
 
 # %% ../nbs/02_policy.ipynb #07138ed2
-def _thresholds(name, v):
+def _as_thresholds(name, v):
     "`v`, a number or one for each class, as float64 () or (C,)"
     try: t = torch.as_tensor(v, dtype=torch.float64)
     except (TypeError,ValueError,RuntimeError): t = None
     if t is None or t.ndim > 1 or t.numel() == 0 or not ((0 <= t) & (t <= 1)).all():
-        raise ValueError(f"`{name}` must be a number between 0 and 1, or one for each class in a sequence, but got {v}.")
+        raise ValueError(f"`{name}` must be a number between 0 and 1, or one for each class in a sequence, "
+                         f"but got {v}.")
     return t.cpu()
 
+# %% ../nbs/02_policy.ipynb #0b7be3ff
 class MultiLabelThreshold(Policy):
-    "Of each class by itself: there, absent, or, in between, not counted ([FixMatch](https://arxiv.org/abs/2001.07685), equation 4, with a sigmoid for each class)"
+    "Each class by itself: there, absent, or, in between, not counted"
     multi_label = True
     def __init__(self,
-        positive=0.95, # Smallest probability from which a class counts as there, 0 to 1: a number, or a sequence of C, one for each class
-        negative=0.05  # Largest probability up to which it counts as absent, below `positive`: a number, or a sequence of C
+        positive=0.95, # A class counts as there from this probability on, 0 to 1: a number, or a sequence of C
+        negative=0.05  # And as absent up to this one, below `positive`: a number, or a sequence of C
     ):
         super().__init__()
-        high,low = _thresholds('positive', positive),_thresholds('negative', negative)
-        if high.ndim and low.ndim and len(high) != len(low): raise ValueError(f"`positive` and `negative` must have equally many thresholds, one for each class, but have {len(high)} and {len(low)}.")
-        if not (low < high).all(): raise ValueError(f"`negative` must be below `positive`, of each class, but got {negative} and {positive}.")
-        for name,t in dict(positive=high, negative=low).items(): self.register_buffer(name, t.float(), persistent=False) # a setting, no memory
+        high,low = _as_thresholds('positive', positive),_as_thresholds('negative', negative)
+        if high.ndim and low.ndim and len(high) != len(low):
+            raise ValueError("`positive` and `negative` must have equally many thresholds, one for each class, "
+                             f"but have {len(high)} and {len(low)}.")
+        if not (low < high).all():
+            raise ValueError(f"`negative` must be below `positive`, of each class, but got {negative} and {positive}.")
+        # settings, not memory
+        self.register_buffer('positive', high.float(), persistent=False)
+        self.register_buffer('negative', low.float(), persistent=False)
 
     def setup(self, n_classes, n_unlabeled, model):
         self.remember() # nothing, and so it takes no other policy's memory
         for name,t in self.named_buffers():
-            if t.ndim and len(t) != n_classes: raise ValueError(f"`{name}` has {len(t)} thresholds, but the model has {n_classes} outputs: give one for each, in the order of the vocabulary, or one number for all.")
+            if not t.ndim or len(t) == n_classes: continue
+            raise ValueError(f"`{name}` has {len(t)} thresholds, but the model has {n_classes} outputs: "
+                             "give one for each, in the order of the vocabulary, or one number for all.")
 
     def forward(self, batch):
         probs = batch.logits_weak.sigmoid()
         there,absent = probs >= self.positive,probs <= self.negative
         counts = there | absent
-        return PseudoLabels(torch.where(counts, there, probs >= .5).float(), counts.float()) # where a class doesn't count, what is likelier
+        targets = torch.where(counts, there, probs >= .5) # the likelier answer where a class doesn't count
+        return PseudoLabels(targets.float(), counts.float())
 
     def loss(self,
         logits_strong, # float32 (M, C), with gradient
@@ -554,4 +616,6 @@ class MultiLabelThreshold(Policy):
         "Binary cross-entropy of each class of each strong view"
         return F.binary_cross_entropy_with_logits(logits_strong, pseudo.targets, reduction='none')
 
-    def extra_repr(self): return ', '.join(f'{name}={[float(f"{o:.6g}") for o in t.tolist()] if t.ndim else float(f"{t:.6g}")}' for name,t in self.named_buffers())
+    def extra_repr(self):
+        def short(t): return [short(o) for o in t] if t.ndim else float(f'{t:.6g}') # float32's 0.95 has more digits
+        return ', '.join(f'{name}={short(t)}' for name,t in self.named_buffers())

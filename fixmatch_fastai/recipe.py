@@ -7,6 +7,7 @@ __all__ = ['FrozenBatchNorm', 'Probe', 'probe', 'probe_head', 'PoolCheck', 'Nest
 
 # %% ../nbs/07_recipe.ipynb #5bfeb075
 import math,warnings
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from .policy import AlignedLabels, sum_rows
 
 # %% ../nbs/07_recipe.ipynb #60372a02
 class FrozenBatchNorm(Callback):
-    "Keeps all BatchNorm in eval mode in training, for fine-tuning: running statistics are used, and stay; weights and biases learn"
+    "Keeps BatchNorm in eval mode in training: running statistics are used, and stay; weights and biases learn"
     order = TrainEvalCallback.order + 1 # which puts the model in training mode
     def before_train(self):
         for m in self.model.modules():
@@ -41,103 +42,127 @@ class _Parts(NamedTuple):
     features: Any   # Images to what the head gets, (n, ...)
     head: nn.Module # What gets that; its modules are the model's own
 
-def _after(model, x, layer):
+def _input_of(layer, model, x):
     "What `layer` of `model` gets for `x`"
-    seen = []
-    handle = layer.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
+    inputs = []
+    handle = layer.register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
     try: model(x)
     finally: handle.remove()
-    return seen[-1]
+    return inputs[-1]
 
+# %% ../nbs/07_recipe.ipynb #78566f06
 def _layers(modules):
     "`modules` in a row, what `nn.Sequential` holds taken out of it"
     return [o for m in modules for o in (_layers(m) if type(m) is nn.Sequential else [m])]
+
+def _split_at(model, last):
+    "`model` in two where only parameters of the group `last` follow; `None` where there is no such place"
+    if type(model) is not nn.Sequential: return
+    for k in range(1, len(model)):
+        if {id(p) for p in model[k:].parameters()} != last: continue
+        layers = _layers(model[k:])
+        n = next(i for i,o in enumerate(layers) if o.state_dict()) # pooling and the like belong to the features
+        return _Parts(nn.Sequential(*model[:k], *layers[:n]), nn.Sequential(*layers[n:]))
 
 def _parts(learn):
     model = get_model(learn.model)
     groups = [o for o in learn.splitter(model) if not isinstance(o, Tensor)] # a splitter may leave out to group
     last = {id(p) for p in groups[-1]} if len(groups) > 1 else set()
-    if type(model) is nn.Sequential and last:
-        for k in range(1, len(model)):
-            if {id(p) for p in model[k:].parameters()} == last:
-                layers = _layers(model[k:])
-                n = next(i for i,o in enumerate(layers) if o.state_dict()) # pooling and the like belong to the features
-                return _Parts(nn.Sequential(*model[:k], *layers[:n]), nn.Sequential(*layers[n:]))
+    parts = _split_at(model, last) if last else None
+    if parts is not None: return parts
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not linear: raise ValueError("The model has no linear layer that could be its head: give the Learner a `splitter` whose last group is the head.")
-    return _Parts(partial(_after, model, layer=linear[-1]), linear[-1])
+    if linear: return _Parts(partial(_input_of, linear[-1], model), linear[-1])
+    raise ValueError("The model has no linear layer that could be its head: "
+                     "give the Learner a `splitter` whose last group is the head.")
 
 # %% ../nbs/07_recipe.ipynb #1616e9dd
 def _labeled_once(dls):
     "The labelled images, each once, as in validation where that can be"
     train = dls.train if isinstance(dls.train, TfmdDL) else unwrap_dl(dls.train)
+    if not isinstance(train, TfmdDL): return train
     items = getattr(getattr(train, 'dataset', None), 'items', None)
-    if isinstance(train, TfmdDL) and items is not None and hasattr(dls, 'test_dl') and len(dls.loaders) > 1: return dls.test_dl(items, with_labels=True, num_workers=0)
-    return train.new(shuffle=False, drop_last=False) if isinstance(train, TfmdDL) else train
+    as_test = items is not None and hasattr(dls, 'test_dl') and len(dls.loaders) > 1
+    if as_test: return dls.test_dl(items, with_labels=True, num_workers=0)
+    return train.new(shuffle=False, drop_last=False)
+
+# %% ../nbs/07_recipe.ipynb #131f8395
+def _check_classes(y):
+    if isinstance(y, Tensor) and y.ndim == 1 and not y.is_floating_point(): return
+    raise ValueError("The probe needs one class number for each image, as a CategoryBlock gives: "
+                     "it is not for several labels or numbers.")
 
 def _features(learn, parts, dl)->tuple: # `(features, y)`, float32 (n, ...) and int64 (n,), on the CPU
-    fs,ys,device = [],[],getattr(learn.dls, 'device', None) or next(learn.model.parameters()).device
+    features,ys = [],[]
+    device = getattr(learn.dls, 'device', None) or next(learn.model.parameters()).device
     learn.model.to(device) # as a fit does
     with evaluating(learn.model):
         for x,y,*_ in dl:
-            if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point(): raise ValueError("The probe needs one class number for each image, as a CategoryBlock gives: it is not for several labels or numbers.")
+            _check_classes(y)
             x,y = (cast(to_device(o, device), Tensor) for o in (x,y))
-            fs.append(parts.features(x).float().cpu())
+            features.append(parts.features(x).float().cpu())
             ys.append(y.cpu())
-    return (torch.cat(fs),torch.cat(ys)) if fs else (torch.zeros(0,1),torch.zeros(0, dtype=torch.long))
+    if not ys: return torch.zeros(0,1),torch.zeros(0, dtype=torch.long)
+    return torch.cat(features),torch.cat(ys)
 
-def _rows_of(f): return (f if f.ndim == 2 else f.flatten(2).mean(2)).numpy().astype(np.float64)
+def _pooled(f): return f if f.ndim == 2 else f.flatten(2).mean(2)
+def _rows_of(f): return _pooled(f).numpy().astype(np.float64)
 
 # %% ../nbs/07_recipe.ipynb #4b5597a1
 class Probe(NamedTuple):
     "A logistic regression on the features of a frozen body"
     accuracy: float    # Share of the validation images that it gets right; NaN where there are none
     right: np.ndarray  # Which of them, bool (n,), in the order of the validation set
-    cv_accuracy: float # Share of the labelled images right when they were held out in cross-validation; NaN where a class has one label alone
+    cv_accuracy: float # The same of the labelled images in cross-validation; NaN where a class has a single label
     C: float           # Inverse strength of the regularisation
     weight: Tensor     # Of the features as they are, float32 (classes, D); −∞ biases belong to classes without a label
     bias: Tensor       # (classes,)
-    def __repr__(self): return f'Probe: {self.accuracy:.1%} of {len(self.right):,} validation images, {self.cv_accuracy:.1%} of the labelled ones in cross-validation (C={self.C:g})'
+    def __repr__(self):
+        return (f'Probe: {self.accuracy:.1%} of {len(self.right):,} validation images, '
+                f'{self.cv_accuracy:.1%} of the labelled ones in cross-validation (C={self.C:g})')
 
+# %% ../nbs/07_recipe.ipynb #82754e83
 def _fit_probe(x, y):
-    "Standardised features, logistic regression; its strength by cross-validation where each class has two images or more"
+    "Standardised features, logistic regression; its strength by cross-validation where each class has two images"
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    model,least = make_pipeline(StandardScaler(), LogisticRegression(C=.1, max_iter=1000)),min(np.bincount(y)[np.unique(y)])
-    if len(np.unique(y)) < 2: raise ValueError("The probe needs labelled images of two classes or more.")
-    if least < 2: return model.fit(x, y),math.nan
-    search = GridSearchCV(model, {'logisticregression__C': np.logspace(-3, 0, 4)}, scoring='neg_log_loss', cv=StratifiedKFold(min(5, least), shuffle=True, random_state=0))
+    counts = np.unique(y, return_counts=True)[1]
+    if len(counts) < 2: raise ValueError("The probe needs labelled images of two classes or more.")
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=.1, max_iter=1000))
+    if min(counts) < 2: return model.fit(x, y),math.nan
+    folds = StratifiedKFold(min(5, *counts), shuffle=True, random_state=0)
+    search = GridSearchCV(model, {'logisticregression__C': np.logspace(-3, 0, 4)}, scoring='neg_log_loss', cv=folds)
     search.fit(x, y)
-    return search.best_estimator_,cross_val_score(search.best_estimator_, x, y, cv=search.cv).mean()
+    return search.best_estimator_,cross_val_score(search.best_estimator_, x, y, cv=folds).mean()
 
+# %% ../nbs/07_recipe.ipynb #4bc716be
 def _linear(model, n_classes):
-    "What a fitted probe computes, as weight and bias of the features as they are"
+    "A fitted probe as weight and bias of the features as they are"
     scale,logistic = model[0],model[1]
     coef,bias = logistic.coef_,logistic.intercept_
-    if len(coef) == 1: coef,bias = np.vstack([-coef,coef])/2,np.array([-bias[0],bias[0]])/2 # of two classes sklearn fits one
-    w,b = np.zeros((n_classes,coef.shape[1])),np.full(n_classes, -np.inf)
-    w[logistic.classes_] = coef/scale.scale_
-    b[logistic.classes_] = bias-(coef/scale.scale_)@scale.mean_
-    return torch.tensor(w, dtype=torch.float32),torch.tensor(b, dtype=torch.float32)
+    if len(coef) == 1: coef,bias = np.vstack([-coef,coef])/2,np.array([-bias[0],bias[0]])/2 # sklearn fits one of two
+    weights,biases = np.zeros((n_classes,coef.shape[1])),np.full(n_classes, -np.inf)
+    weights[logistic.classes_] = coef/scale.scale_
+    biases[logistic.classes_] = bias-(coef/scale.scale_)@scale.mean_
+    return torch.tensor(weights, dtype=torch.float32),torch.tensor(biases, dtype=torch.float32)
 
-def _n_classes(learn, y): return max(int(y.max())+1, len(getattr(learn.dls, 'vocab', None) or ()))
-
+# %% ../nbs/07_recipe.ipynb #196c336e
 def probe(
     learn:Learner # With labelled images and a body that has learned something
 )->Probe:
-    "How far the body's features go as they are: a logistic regression on the labelled images' features, its strength chosen on these alone; nothing of the learner changes"
+    "How far frozen features go: a logistic regression on those of the labelled images; the learner is left as it is"
     return _probe(learn, _parts(learn))[0]
 
-def _probe(learn, parts):
+def _probe(learn, parts): # → the probe, and the features that it learned from
     f,y = _features(learn, parts, _labeled_once(learn.dls))
     if len(y) == 0: raise ValueError("There are no labelled images to learn from.")
-    model,cv = _fit_probe(_rows_of(f), y.numpy())
-    w,b = _linear(model, _n_classes(learn, y))
+    model,cv_accuracy = _fit_probe(_rows_of(f), y.numpy())
+    weight,bias = _linear(model, max(int(y.max())+1, len(getattr(learn.dls, 'vocab', None) or ())))
     f_v,y_v = _features(learn, parts, learn.dls.valid) if len(learn.dls.loaders) > 1 else (f[:0],y[:0])
-    right = np.zeros(0, bool) if len(y_v) == 0 else model.predict(_rows_of(f_v)) == y_v.numpy()
-    return Probe(right.mean() if len(right) else math.nan, right, cv, model[1].C, w, b),f
+    right = model.predict(_rows_of(f_v)) == y_v.numpy() if len(y_v) else np.zeros(0, bool)
+    accuracy = right.mean() if len(right) else math.nan
+    return Probe(accuracy, right, cv_accuracy, model[1].C, weight, bias),f
 
 # %% ../nbs/07_recipe.ipynb #f7cf63a6
 def probe_head(
@@ -156,72 +181,85 @@ def probe_head(
 
 @torch.no_grad()
 def _set_linear(layer, weight, bias):
-    if layer.weight.shape != weight.shape: raise ValueError(f"The head has {layer.out_features} outputs for {layer.in_features} features, but the probe has {len(weight)} for {weight.shape[1]}: end the model in one output for each class.")
+    if layer.weight.shape != weight.shape:
+        raise ValueError(f"The head has {layer.out_features} outputs for {layer.in_features} features, "
+                         f"but the probe has {len(weight)} for {weight.shape[1]}: "
+                         "end the model in one output for each class.")
     layer.weight.copy_(weight)
     if layer.bias is not None: layer.bias.copy_(bias)
+
+# %% ../nbs/07_recipe.ipynb #1035cd25
+@contextmanager
+def _training(head):
+    "All of `head` in training mode and with gradients; afterwards as it was, without gradients"
+    flags = [(p,p.requires_grad) for p in head.parameters()]
+    modes = [(m,m.training) for m in head.modules()]
+    head.requires_grad_().train()
+    try:
+        with torch.enable_grad(): yield
+    finally:
+        for p,flag in flags: p.requires_grad_(flag).grad = None
+        for m,mode in modes: m.training = mode
 
 def _learn_probe(head, f, weight, bias, n_steps, lr, bs=64):
     device = next(head.parameters()).device
     f,weight,bias = (o.to(device) for o in (f,weight,bias))
-    wants = [(p,p.requires_grad) for p in head.parameters()]
-    modes = [(m,m.training) for m in head.modules()]
-    opt = torch.optim.Adam(head.requires_grad_().parameters(), lr)
+    opt = torch.optim.Adam(head.parameters(), lr)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, n_steps)
-    head.train()
-    try:
-        with torch.enable_grad():
-            for _ in range(n_steps):
-                i,j = torch.randint(len(f), (2,bs), device=device)
-                share = torch.rand(bs, *[1]*(f.ndim-1), device=device).clamp(max=.5)
-                x = f[i].lerp(f[j], share)
-                rows = x if x.ndim == 2 else x.flatten(2).mean(2)
-                loss = F.cross_entropy(head(x), (rows@weight.T+bias).softmax(1))
-                opt.zero_grad()
-                loss.backward()
-                opt.step()
-                sched.step()
-    finally:
-        for p,o in wants: p.requires_grad_(o).grad = None
-        for m,o in modes: m.training = o
+    with _training(head):
+        for _ in range(n_steps):
+            i,j = torch.randint(len(f), (2,bs), device=device)
+            share = torch.rand(bs, *[1]*(f.ndim-1), device=device).clamp(max=.5)
+            x = f[i].lerp(f[j], share)
+            loss = F.cross_entropy(head(x), (_pooled(x)@weight.T+bias).softmax(1))
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            sched.step()
 
 # %% ../nbs/07_recipe.ipynb #f01443a4
 class PoolCheck(Callback):
-    "Leaves the pool out of the rest of a fit where, as `FixMatch`'s warm-up ends, its teacher and the network of the beginning label it differently"
+    "Leaves the pool out after `FixMatch`'s warm-up if teacher and first network label it differently"
     order,run_valid = FixMatch.order - 1,False # decides before the first unlabelled batch is asked for
 
     def __init__(self,
         least:float=0.5, # Share of the images that count on which both must agree, 0 to 1
         n:int=128        # Images in the sample, at least
-    ): self.least,self.n,self.agreement,self._sample,self._warmup = least,n,None,None,None
+    ):
+        self.least,self.n = least,n
+        self.agreement = self._sample = self._warmup = None
 
     def before_train(self):
-        if self.agreement is not None: return self._act()
+        "The first network labels a sample"
+        if self.agreement is not None: return self._act() # of a fit that goes on
         if self.epoch or self._sample is not None: return
-        fm,batches = self.learn.fix_match,[]
-        while sum(len(o.weak) for o in batches) < self.n: batches.append(fm.peek(labeled=False)[0])
-        self._sample = [(o,self._labels(self.model, o.weak)) for o in batches]
-
-    def _labels(self, model, x):
-        with evaluating(model): return model(x).argmax(1)
+        batches = []
+        while sum(len(o.weak) for o in batches) < self.n: batches.append(self.learn.fix_match.peek(labeled=False)[0])
+        with evaluating(self.model): self._sample = [(o,self.model(o.weak).argmax(1)) for o in batches]
 
     def before_batch(self):
+        "The teacher labels the same sample, once the warm-up is over"
         fm = self.learn.fix_match
         if self._sample is None or fm.warming_up: return
-        sums = []
-        for batch,before in self._sample:
-            with evaluating(fm.teacher.ema.module): logits = fm.teacher.ema(batch.weak).float()
-            targets,weights = fm.decide(batch._replace(logits_weak=logits))
-            targets = targets.argmax(1) if targets.ndim == 2 else targets
-            sums.append(torch.stack([(weights*(targets == before)).sum(), weights.sum()]))
-        same,counted = sum_rows(torch.stack(sums))[0].tolist() # of all processes, which must decide alike
+        sums = torch.stack([self._agreement(fm, batch, labels) for batch,labels in self._sample])
+        same,counted = sum_rows(sums)[0].tolist() # of all processes, which must decide alike
         self.agreement,self._sample = same/counted if counted else 1.,None
         self._act()
 
+    def _agreement(self, fm, batch, labels): # → weights of the images on which both agree, and of all, (2,)
+        average = fm.teacher.ema
+        with evaluating(average.module): logits = average(batch.weak).float()
+        targets,weights = fm.decide(batch._replace(logits_weak=logits))
+        if targets.ndim == 2: targets = targets.argmax(1)
+        return torch.stack([(weights*(targets == labels)).sum(), weights.sum()])
+
     def _act(self):
-        fm = self.learn.fix_match
         if self.agreement >= self.least or self._warmup is not None: return
+        fm = self.learn.fix_match
         self._warmup,fm.warmup = fm.warmup,1.
-        warnings.warn(f"The unlabelled images are left out from here on: of those of which the teacher is sure, it says the same as the probe of {self.agreement:.0%} only, so its labels would teach mistakes. "
+        warnings.warn("The unlabelled images are left out from here on: of those of which the teacher is sure, "
+                      f"it says the same as the probe of {self.agreement:.0%} only, "
+                      "so its labels would teach mistakes. "
                       "Label a few more images, or look at what the pool shows.", stacklevel=2)
 
     def after_fit(self):
@@ -235,35 +273,45 @@ def _cycle(low=.1, up=.25):
     "Of a learning rate, as a share of the highest: up, and down to a tenth of where it began, along cosines"
     return combine_scheds([up,1-up], [SchedCos(low,1.),SchedCos(1.,low/10)])
 
-def _stages(warmup): return combine_scheds([warmup,1-warmup], [_cycle(),_cycle()]) if warmup else _cycle()
+def _two_cycles(warmup): return combine_scheds([warmup,1-warmup], [_cycle(),_cycle()]) if warmup else _cycle()
 
 def _times(sched, lr, pos): return lr*sched(pos)
 
 def _in_epochs(learn, n_steps, n_epoch):
     "Loaders of which `n_epoch` epochs are `n_steps` steps or a few more, and how many epochs"
-    train = learn.dls.train
-    if isinstance(train, TfmdDL): return learn.dls.repeat_train(math.ceil(n_steps/min(n_epoch, n_steps))),min(n_epoch, n_steps)
-    if len(train) == 0: raise ValueError("The training set has no batch: there are fewer labelled images than the batch size.")
-    return learn.dls,math.ceil(n_steps/len(train)) # a torch loader's epochs are what they are
+    train,n_epoch = learn.dls.train,min(n_epoch, n_steps)
+    if isinstance(train, TfmdDL): return learn.dls.repeat_train(math.ceil(n_steps/n_epoch)),n_epoch
+    if len(train) > 0: return learn.dls,math.ceil(n_steps/len(train)) # a torch loader's epochs are what they are
+    raise ValueError("The training set has no batch: there are fewer labelled images than the batch size.")
 
+# %% ../nbs/07_recipe.ipynb #7de21796
 @patch
 def fine_tune_fixmatch(self:Learner,
     unlabeled_dl,            # `dls.unlabeled_dl(items)`, or any loader of weak and strong views
     n_steps:int=300,         # Training steps in all, rounded up to whole epochs; 150 gained a little less
-    base_lr:float=1e-4,      # Highest learning rate of the head; with 3e-4 the harder set of photos lost a point, with 1e-3 both lost more
-    policy=None,             # Which pseudo-labels count; default `AlignedLabels()`, soft labels that keep what the teacher doubts
-    teacher=None,            # A `ModelEMA`, whose average makes the pseudo-labels; default: with a half-life of an eighth of the steps
-    warmup:float=0.4,        # Share of the steps that is on labels alone, 0 to below 1: the teacher must know something first
+    # Highest learning rate of the head; with 3e-4 the harder set of photos lost a point, with 1e-3 both lost more
+    base_lr:float=1e-4,
+    # Which pseudo-labels count; default: `AlignedLabels()`, soft labels that keep what the teacher doubts
+    policy=None,
+    # A `ModelEMA`, whose average makes the pseudo-labels; default: with a half-life of an eighth of the steps
+    teacher=None,
+    # Share of the steps that is on labels alone, 0 to below 1: the teacher must know something first
+    warmup:float=0.4,
     body_lr:float=0.3,       # Learning rate of the body, as a share of the head's: it has less to learn
     lambda_u:float=1.0,      # Weight of the unlabelled loss, 0 or more
-    min_agreement:float=0.5, # The pool is left out if teacher and probe agree on a smaller share of the images of which the teacher is sure, 0 to 1
-    freeze_bn:bool=True,     # Keep BatchNorm in eval mode? In training mode photos lost ten points and more: a few images say little of what it has seen a million of
+    # The pool is left out if teacher and probe agree on a smaller share, 0 to 1, of images that the teacher is sure of
+    min_agreement:float=0.5,
+    # Keep BatchNorm in eval mode? In training mode photos lost ten points and more:
+    # a few images say little of what it has seen a million of
+    freeze_bn:bool=True,
     n_epoch:int=10,          # How often it is validated on the way
     cbs=None                 # More callbacks for this fit, such as `SaveFixMatch(resume=True)`
 )->Probe: # What the body's features gave before anything was trained
-    "Fine-tune a pretrained network on few labels and a pool: probe, labels alone, then labels of an averaged teacher; `FixMatch` stays among the callbacks, for pictures"
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1: raise ValueError(f"`n_steps` is a number of training steps, 1 or more, but got {n_steps!r}.")
-    if not 0 <= min_agreement <= 1: raise ValueError(f"`min_agreement` is a share between 0 and 1, but got {min_agreement}.")
+    "Fine-tune a pretrained network on few labels and a pool: probe, labels alone, then labels of an averaged teacher"
+    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
+        raise ValueError(f"`n_steps` is a number of training steps, 1 or more, but got {n_steps!r}.")
+    if not 0 <= min_agreement <= 1:
+        raise ValueError(f"`min_agreement` is a share between 0 and 1, but got {min_agreement}.")
     fm = FixMatch(unlabeled_dl, policy=AlignedLabels() if policy is None else policy, lambda_u=lambda_u, warmup=warmup,
                   teacher=ModelEMA(half_life=max(1, n_steps/8)) if teacher is None else teacher)
     own,(loaders,n_epoch) = self.dls,_in_epochs(self, n_steps, n_epoch)
@@ -271,17 +319,19 @@ def fine_tune_fixmatch(self:Learner,
     found = probe_head(self)
     self.unfreeze()
     lrs = base_lr*np.array([body_lr]*(len(self.opt.param_lists)-1) + [1.])
-    self.add_cb(fm)
-    parts = [PoolCheck(min_agreement)]*(min_agreement > 0 and warmup > 0) + [FrozenBatchNorm()]*freeze_bn
+    self.add_cb(fm) # it stays, for pictures
+    parts = [ParamScheduler({'lr': partial(_times, _two_cycles(warmup), lrs)})]
+    if min_agreement > 0 and warmup > 0: parts.append(PoolCheck(min_agreement))
+    if freeze_bn: parts.append(FrozenBatchNorm())
     try:
         self.dls = loaders
-        self.fit(n_epoch, cbs=L(ParamScheduler({'lr': partial(_times, _stages(warmup), lrs)})) + parts + L(cbs))
+        self.fit(n_epoch, cbs=parts + L(cbs))
     finally: self.dls = own
     return found
 
 # %% ../nbs/07_recipe.ipynb #df1b0db1
 class NesterovSGD(OptimWrapper):
-    "torch's SGD that leaves out of weight decay what fastai marks: BatchNorm and biases, unless the Learner has `wd_bn_bias=True`"
+    "torch's SGD without weight decay for what fastai marks: BatchNorm and biases, unless `Learner(wd_bn_bias=True)`"
     def step(self, closure=None):
         groups = self.opt.param_groups
         try:
@@ -295,10 +345,13 @@ class NesterovSGD(OptimWrapper):
         return {**group, 'params': decayed},{**group, 'params': others, 'weight_decay': 0.}
 
     @property
-    def hypers(self): return [{k: v for k,v in o.items() if v is not None} for o in super().hypers] # torch's `foreach` and `fused` are None, which TensorBoard's callback can't write
+    def hypers(self): # without torch's `foreach` and `fused`, which are `None`: TensorBoard's callback can't write that
+        return [{k: v for k,v in o.items() if v is not None} for o in super().hypers]
 
-    def _set_hyper(self, k, v): super()._set_hyper(k, [o.item() if isinstance(o, np.generic) else o for o in v]) # `torch.load` refuses a saved numpy number
+    def _set_hyper(self, k, v): # as Python's numbers: `torch.load` refuses numpy's
+        super()._set_hyper(k, [o.item() if isinstance(o, np.generic) else o for o in v])
 
+# %% ../nbs/07_recipe.ipynb #65dd9bce
 def nesterov_sgd(
     params,         # Parameters, or a list of them for each group
     lr:float=0.03,  # Learning rate
@@ -320,6 +373,18 @@ def SchedPartCos(
     return partial(_part_cos, start, part)
 
 # %% ../nbs/07_recipe.ipynb #766ae3f1
+def _check_steps(n_steps, n):
+    "ValueError unless epochs of `n` steps add up to `n_steps`"
+    if n == 0:
+        raise ValueError("The training set has no batch: there are fewer labelled images than the batch size. "
+                         "Use `dls.repeat_train(n)`.")
+    if n_steps > 0 and n_steps%n == 0: return
+    fits = sorted({max(n, int(n_steps//n)*n), max(n, int(n_steps//n+1)*n)})
+    raise ValueError(f"`n_steps` must be a multiple of {n}, the steps of an epoch, "
+                     f"such as {' or '.join(map(str, fits))}, "
+                     f"but is {n_steps}. `dls.repeat_train(n)` makes epochs of n steps.")
+
+# %% ../nbs/07_recipe.ipynb #8e2dd5b0
 @patch
 def fit_fixmatch(self:Learner,
     n_steps:int,      # Training steps in all, K of the paper; a multiple of `len(dls.train)`
@@ -329,13 +394,11 @@ def fit_fixmatch(self:Learner,
     reset_opt=False,  # Begin with a new optimiser?
     start_epoch:int=0 # Resume at this epoch, where the schedule then is
 ):
-    "Fit for `n_steps` with the schedule of [FixMatch](https://arxiv.org/abs/2001.07685), `lr*cos(7πk/(16K))`; ValueError where epochs don't add up to `n_steps`"
+    "Fit for `n_steps` with the schedule of [FixMatch](https://arxiv.org/abs/2001.07685), `lr*cos(7πk/(16K))`"
     n = len(self.dls.train)
-    if n == 0: raise ValueError("The training set has no batch: there are fewer labelled images than the batch size. Use `dls.repeat_train(n)`.")
-    if n_steps <= 0 or n_steps%n:
-        fits = [str(o) for o in (int(n_steps//n)*n, int(n_steps//n+1)*n) if o > 0]
-        raise ValueError(f"`n_steps` must be a multiple of {n}, the steps of an epoch, such as {' or '.join(fits)}, but is {n_steps}. `dls.repeat_train(n)` makes epochs of n steps.")
+    _check_steps(n_steps, n)
     if self.opt is None: self.create_opt()
     self.opt.set_hyper('lr', self.lr if lr is None else lr)
     lr = np.array([h['lr'] for h in self.opt.hypers])
-    self.fit(int(n_steps//n), cbs=L(ParamScheduler({'lr': SchedPartCos(lr)}))+L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
+    cbs = L(ParamScheduler({'lr': SchedPartCos(lr)}))+L(cbs)
+    self.fit(int(n_steps//n), cbs=cbs, reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)

@@ -23,7 +23,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
 
-from .policy import Memory, Policy, PseudoLabels, Unseen, all_rows, check_above_0, check_range, finite_rows, sum_rows
+from .policy import Memory, Policy, PseudoLabels, Unseen, all_rows, check_above_0, check_range
+from .policy import finite_rows, sum_rows
 
 # %% ../nbs/03_uncertainty.ipynb #b874ea07
 def _one_pass(probs, score):
@@ -53,7 +54,8 @@ def entropy(
 # %% ../nbs/03_uncertainty.ipynb #873a8fe3
 def _passes(probs, score):
     if probs.ndim == 3: return probs
-    raise ValueError(f"`{score}` needs the probabilities of T passes, (T, M, C), but got {tuple(probs.shape)}: use it with `MCDropout`.")
+    raise ValueError(f"`{score}` needs the probabilities of T passes, (T, M, C), but got {tuple(probs.shape)}: "
+                     "use it with `MCDropout`.")
 
 def one_minus_mean_confidence(
     probs:Tensor # (T, M, C)
@@ -70,7 +72,7 @@ def predictive_entropy(
 def mutual_info(
     probs:Tensor # (T, M, C)
 )->Tensor: # (M,) in nats, 0 to log C
-    "How much the passes disagree: entropy of their mean − mean of their entropies ([BALD](https://arxiv.org/abs/1112.5745), equation 2)"
+    "Entropy of the mean − mean of the entropies ([BALD](https://arxiv.org/abs/1112.5745), equation 2)"
     within = torch.special.entr(_passes(probs, 'mutual_info')).sum(2).mean(0)
     return (predictive_entropy(probs)-within).clamp(min=0) # rounding would make some of them negative
 
@@ -78,17 +80,20 @@ def mutual_info(
 def _name(score): return getattr(score, '__name__', repr(score))
 
 def _check_score(score, shape):
-    "Say early what would fail at the first batch: try `score` with even probabilities"
-    if not callable(score): raise TypeError(f"`score` must be a function such as `entropy`, but is a {type(score).__name__}.")
+    "Fail now where the first batch would: try `score` with even probabilities"
+    if not callable(score):
+        raise TypeError(f"`score` must be a function such as `entropy`, but is a {type(score).__name__}.")
     doubt = score(torch.full(shape, 1/shape[-1]))
-    if not isinstance(doubt, Tensor) or doubt.shape != shape[-2:-1]:
-        raise ValueError(f"`{_name(score)}` must return one doubt for each image, (M,), but for probabilities {shape} it returns {tuple(doubt.shape) if isinstance(doubt, Tensor) else type(doubt).__name__}.")
-    return score
+    if isinstance(doubt, Tensor) and doubt.shape == shape[-2:-1]: return score
+    returned = tuple(doubt.shape) if isinstance(doubt, Tensor) else type(doubt).__name__
+    raise ValueError(f"`{_name(score)}` must return one doubt for each image, (M,), "
+                     f"but for probabilities {shape} it returns {returned}.")
 
 def _check_at_most(at_most):
-    if not isinstance(at_most, (int,float)) or math.isnan(at_most): raise ValueError(f"`at_most` must be a number, the largest doubt that counts, but got {at_most}.")
-    return at_most
+    if isinstance(at_most, (int,float)) and not math.isnan(at_most): return at_most
+    raise ValueError(f"`at_most` must be a number, the largest doubt that counts, but got {at_most}.")
 
+# %% ../nbs/03_uncertainty.ipynb #1ffa12f0
 def _by_score(
     probs:Tensor,  # As `score` takes them: (M, C), or of T passes (T, M, C)
     score,
@@ -116,7 +121,7 @@ class ScoreThreshold(Policy):
 # %% ../nbs/03_uncertainty.ipynb #7419bfb9
 @contextmanager
 def in_modes(model, training):
-    "Each module in the mode that `training(module)` says, and afterwards exactly as it was"
+    "Each module in the mode that `training(module)` returns, and afterwards exactly as it was"
     before = [(m,m.training) for m in model.modules()]
     try:
         for m,_ in before: m.training = training(m)
@@ -125,22 +130,23 @@ def in_modes(model, training):
         for m,flag in before: m.training = flag
 
 def _run(model, x, autocast):
-    # without its cache: in some versions of torch, weights cast here get no gradient in the training pass either (pytorch issue 112583)
-    with torch.no_grad(), torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False):
-        return model(x).float()
+    # without a cache: in some versions of torch, weights cast here get no gradient in training (pytorch issue 112583)
+    casts = torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False)
+    with torch.no_grad(), casts: return model(x).float()
 
 def eval_logits(model, x, autocast):
     "Logits of `x`, float32 (M, C), without gradient and in eval mode; under autocast with that type, if it is one"
     with in_modes(model, lambda m: False): return _run(model, x, autocast)
 
-def _own(net, policy):
+def _model_of(policy):
     "The model that a policy was set up with"
-    if net is None or net.model is None: raise ValueError(f"{type(policy).__name__} runs the model itself: call `policy.setup(n_classes, n_unlabeled, model)` first, as `FixMatch` does.")
-    return net.model
+    if policy._net is not None and policy._net.model is not None: return policy._net.model
+    raise ValueError(f"{type(policy).__name__} runs the model itself: "
+                     "call `policy.setup(n_classes, n_unlabeled, model)` first, as `FixMatch` does.")
 
 # %% ../nbs/03_uncertainty.ipynb #bdbb37dc
 def _keeps_statistics(module):
-    "Has it buffers that move in training mode? The running ones of normalisation, and the vectors of both spectral norms of torch"
+    "Do its buffers move in training mode? Running ones of normalisation, and vectors of torch's spectral norms, do"
     return any(name.startswith('running_') or name in ('_u','weight_u') for name in module._buffers)
 
 def dropout_passes(
@@ -150,21 +156,28 @@ def dropout_passes(
     autocast:torch.dtype=None # Run under autocast with this type
 )->Tensor: # Logits, float32 (T, M, C)
     "Several passes with dropout on; the model is left as it was"
-    with in_modes(model, lambda m: not _keeps_statistics(m)): return torch.stack([_run(model, x, autocast) for _ in range(n_passes)])
+    with in_modes(model, lambda m: not _keeps_statistics(m)):
+        return torch.stack([_run(model, x, autocast) for _ in range(n_passes)])
 
+# %% ../nbs/03_uncertainty.ipynb #0d2b97aa
 def _differ(
     logits:Tensor # (T, M, C)
-): # `None`: a model that says the same of every image, as with a last layer of zeros, can't be judged yet
+): # `None`: a model that gives every image the same, as with a last layer of zeros, can't be judged yet
     "Do passes differ, more than by rounding?"
     finite = finite_rows(logits.transpose(0, 1))
-    logits = logits[:,finite] if finite.any() else torch.zeros_like(logits) # one that is not finite says nothing
-    passes,images = torch.stack([(logits-logits[:1]).abs().max(), (logits[0]-logits[0,:1]).abs().max()]).tolist()
+    logits = logits[:,finite] if finite.any() else torch.zeros_like(logits)
+    passes,images = (logits-logits[:1]).abs().max(),(logits[0]-logits[0,:1]).abs().max()
+    passes,images = torch.stack([passes,images]).tolist()
     return None if images == passes == 0 else not passes <= 1e-3*images
 
-def _has_dropout(model): return any((getattr(m, 'p', 0) or getattr(m, 'drop_prob', 0)) and re.search('drop|stochasticdepth', type(m).__name__, re.I) for m in model.modules())
+def _drops(module):
+    "Is it a module of dropout that is not switched off?"
+    if not re.search('drop|stochasticdepth', type(module).__name__, re.I): return False
+    return bool(getattr(module, 'p', 0) or getattr(module, 'drop_prob', 0))
 
+# %% ../nbs/03_uncertainty.ipynb #bee1b0af
 class MCDropout(Policy):
-    "Labels from the mean of several passes with dropout, by a score of how sure they are ([MC dropout](https://arxiv.org/abs/1506.02142))"
+    "Labels from the mean of passes with dropout, by a score ([MC dropout](https://arxiv.org/abs/1506.02142))"
     _net,_differs = None,None
 
     def __init__(self,
@@ -173,29 +186,36 @@ class MCDropout(Policy):
         n_passes:int=10      # T, 2 or more
     ):
         super().__init__()
-        self.score,self.at_most,self.n_passes = _check_score(score, (2,2,4)),_check_at_most(at_most),check_range('n_passes', n_passes, 2, float('inf'))
+        self.score,self.at_most = _check_score(score, (2,2,4)),_check_at_most(at_most)
+        self.n_passes = check_range('n_passes', n_passes, 2)
 
     def setup(self, n_classes, n_unlabeled, model): self._net,self._differs = Unseen(model),None
 
     def forward(self, batch):
-        logits = dropout_passes(_own(self._net, self), batch.weak, self.n_passes, batch.autocast)
-        if self._differs is None: # in the first batch only: it waits for the device
-            self._differs = _differ(logits)
-            # a module may drop what does not count yet, in a branch that starts at 0
-            if self._differs is False and not _has_dropout(self._net.model): raise ValueError("MCDropout needs passes that differ, but this model has no active dropout: put some in with `add_dropout(model, 0.5)`.")
+        logits = dropout_passes(_model_of(self), batch.weak, self.n_passes, batch.autocast)
+        if self._differs is None: self._check_dropout(logits) # in the first batch only: it waits for the device
         return _by_score(logits.softmax(2), self.score, self.at_most, batch.logits_weak)
+
+    def _check_dropout(self, logits):
+        self._differs = _differ(logits)
+        # a module may drop what does not count yet, in a branch that starts at 0
+        if self._differs is not False or any(map(_drops, self._net.model.modules())): return
+        raise ValueError("MCDropout needs passes that differ, but this model has no active dropout: "
+                         "put some in with `add_dropout(model, 0.5)`.")
 
     def extra_repr(self): return f'{_name(self.score)}, at_most={self.at_most}, n_passes={self.n_passes}'
 
 # %% ../nbs/03_uncertainty.ipynb #1e79c343
 def _classifier(model):
-    "The layer that timm says, or else the last linear one, or else the last convolution, as they stand in the model"
+    "The layer that timm names, or else the last linear one, or else the last convolution, as they stand in the model"
     named = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    layers = [named, *reversed([*model.modules()])]
     for kind in (nn.Linear,_ConvNd):
-        found = [m for m in ([named] if isinstance(named, nn.Module) else [])+[*model.modules()][::-1] if isinstance(m, kind)]
-        if found: return found[0]
+        found = next((m for m in layers if isinstance(m, kind)), None)
+        if found is not None: return found
     raise ValueError("The model has neither a linear layer nor a convolution that could be its classifier.")
 
+# %% ../nbs/03_uncertainty.ipynb #fc738383
 class _Dropout:
     "A hook that drops out a layer's input or output"
     def __init__(self, module, p, of_input):
@@ -205,37 +225,50 @@ class _Dropout:
 
     def __call__(self, module, inputs, out=None):
         if out is None: return F.dropout(inputs[0], self.p, module.training),*inputs[1:]
-        if not isinstance(out, Tensor): raise TypeError(f"`add_dropout` needs blocks that return a tensor, but {type(module).__name__} returns a {type(out).__name__}: name other classes in `where`.")
-        return F.dropout(out, self.p, module.training)
+        if isinstance(out, Tensor): return F.dropout(out, self.p, module.training)
+        raise TypeError(f"`add_dropout` needs blocks that return a tensor, but {type(module).__name__} "
+                        f"returns a {type(out).__name__}: name other classes in `where`.")
 
+def _dropouts(model):
+    hooks = [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    return [h for h in hooks if isinstance(h, _Dropout)]
+
+# %% ../nbs/03_uncertainty.ipynb #fc08d7f0
 def _outermost(module, is_block):
     for m in module.children():
         if is_block(m): yield m
         else: yield from _outermost(m, is_block)
 
 def _blocks(model, where):
-    def is_block(m): return isinstance(m, where) if where != 'blocks' else bool(re.search(r'(Block|Bottleneck|Residual|MBConv|EncoderLayer)\w{0,2}$', type(m).__name__))
-    found = list(dict.fromkeys(_outermost(model, is_block)))
-    if found: return found
-    raise ValueError("The model has no " + ("residual blocks that are known by name: name their class, as in `where=MyBlock`, or use `where='classifier'`." if where == 'blocks' else f"module of the class in `where`, {where}."))
+    known = r'(Block|Bottleneck|Residual|MBConv|EncoderLayer)\w{0,2}$'
+    if where == 'blocks': blocks = _outermost(model, lambda m: re.search(known, type(m).__name__))
+    else: blocks = _outermost(model, lambda m: isinstance(m, where))
+    if found := list(dict.fromkeys(blocks)): return found
+    if where != 'blocks': raise ValueError(f"The model has no module of the class in `where`, {where}.")
+    raise ValueError("The model has no residual blocks that are known by name: name their class, "
+                     "as in `where=MyBlock`, or use `where='classifier'`.")
 
+# %% ../nbs/03_uncertainty.ipynb #0830c428
 def add_dropout(
     model:nn.Module,   # Changed in place
     p:float=0.5,       # Probability with which a value is dropped, above 0 and below 1
-    where='classifier' # `'classifier'`: its input; `'blocks'`: the output of each outermost residual block; or a module class, or several in a tuple: the output of those
+    # `'classifier'`: its input; `'blocks'`: the output of each outermost residual block;
+    # or a module class, or several in a tuple: the output of those
+    where='classifier'
 )->nn.Module: # The same model
-    "Put dropout into a model, active in training mode only, in the place of what an earlier call put there"
+    "Put dropout into a model, active in training mode only, instead of what an earlier call put there"
     if not 0 < p < 1: raise ValueError(f"`p` must be above 0 and below 1, but got {p}.")
-    if where not in ('classifier','blocks') and not all(map(isclass, where if isinstance(where, tuple) else (where,))):
+    classes = where if isinstance(where, tuple) else (where,)
+    if where not in ('classifier','blocks') and not all(map(isclass, classes)):
         raise ValueError(f"`where` must be 'classifier', 'blocks', or a module class, but got {where!r}.")
     modules = [_classifier(model)] if where == 'classifier' else _blocks(model, where)
-    for hook in [h for m in model.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()) if isinstance(h, _Dropout)]: hook.handle.remove()
+    for hook in _dropouts(model): hook.handle.remove()
     for m in modules: _Dropout(m, p, where == 'classifier')
     return model
 
 # %% ../nbs/03_uncertainty.ipynb #93f478b4
 class ClassGaussians(Memory):
-    "A Gaussian for each class, with variances by class and feature, that follow features which move ([Deterministic Uncertainty](https://arxiv.org/abs/2102.11582), algorithm 1, with a diagonal covariance)"
+    "Gaussians of each class that follow moving features ([DDU](https://arxiv.org/abs/2102.11582), algorithm 1)"
     def __init__(self,
         decay:float=0.99, # What earlier steps count for at each new one, 0 to 1
         shrink:float=5.   # The variance of all classes counts as much as this many images of a class, above 0
@@ -244,7 +277,8 @@ class ClassGaussians(Memory):
         self.decay,self.shrink = check_range('decay', decay, 0, 1),check_above_0('shrink', shrink)
 
     def setup(self, n_classes, n_features):
-        self.remember(n=torch.zeros(n_classes), mean=torch.zeros(n_classes, n_features), spread=torch.zeros(n_classes, n_features))
+        zeros = torch.zeros(n_classes, n_features)
+        self.remember(n=torch.zeros(n_classes), mean=zeros, spread=zeros.clone())
 
     def update(self,
         features:Tensor, # float32 (B, D)
@@ -268,8 +302,9 @@ class ClassGaussians(Memory):
         n = self.n[:,None]
         centre = (n*self.mean).sum(0)/n.sum().clamp(min=1e-12)
         between = (n*(self.mean-centre)**2).sum(0)/n.sum().clamp(min=1e-12)
-        pooled = (self.spread.sum(0)+between)/(n.sum()+1) # as long as no class has two images, from what lies between classes
-        pooled = pooled + 0.01*pooled.mean() + 1e-6       # a feature that is always 0 must not decide alone
+        # as long as no class has two images, the variance is what lies between classes
+        pooled = (self.spread.sum(0)+between)/(n.sum()+1)
+        pooled = pooled + 0.01*pooled.mean() + 1e-6 # a feature that is always 0 must not decide alone
         return (self.spread+self.shrink*pooled)/(n+self.shrink)
 
     def log_density(self,
@@ -282,7 +317,8 @@ class ClassGaussians(Memory):
         f,mean = features-centre,self.mean-centre
         # one product of matrices for (f−µ)²⁄σ²: the differences themselves would take M·C·D numbers
         squares = f**2@(1/var).T - 2*f@(mean/var).T + (mean**2/var).sum(1)
-        density = torch.logsumexp((self.n/self.n.sum().clamp(min=1e-12)).log() - ((2*math.pi*var).log().sum(1) + squares)/2, 1)
+        log_shares = (self.n/self.n.sum().clamp(min=1e-12)).log()
+        density = torch.logsumexp(log_shares - ((2*math.pi*var).log().sum(1) + squares)/2, 1)
         return torch.where(finite, density, -math.inf)
 
 # %% ../nbs/03_uncertainty.ipynb #40de16ec
@@ -291,16 +327,18 @@ def penultimate(
     x:Tensor,                  # Images (M, channels, H, W)
     autocast:torch.dtype=None  # Run under autocast with this type
 )->Tensor: # float32 (M, D)
-    "What the classifier gets, with the model in evaluation mode; averaged over places where it gets several"
+    "The classifier's input, with the model in evaluation mode; averaged over positions where it has several"
     seen,layer = [],_classifier(model)
     handle = layer.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].float()))
     try: eval_logits(model, x, autocast)
     finally: handle.remove()
     f = seen[-1]
-    return f if f.ndim == 2 else f.flatten(1, -2).mean(1) if isinstance(layer, nn.Linear) else f.flatten(2).mean(2)
+    if f.ndim == 2: return f
+    return f.flatten(1, -2).mean(1) if isinstance(layer, nn.Linear) else f.flatten(2).mean(2)
 
+# %% ../nbs/03_uncertainty.ipynb #2b2ac285
 class FeatureDensity(Policy):
-    "Hard labels of images whose features lie where labelled images lie ([Deterministic Uncertainty](https://arxiv.org/abs/2102.11582), section 4)"
+    "Hard labels of images whose features lie among labelled ones ([DDU](https://arxiv.org/abs/2102.11582), section 4)"
     needs_labeled = True
     _net = None
 
@@ -311,7 +349,7 @@ class FeatureDensity(Policy):
         n_recent:int=512     # How many labelled images are recent, 1 or more
     ):
         super().__init__()
-        self.quantile,self.n_recent = check_range('quantile', quantile, 0, 1),check_range('n_recent', n_recent, 1, float('inf'))
+        self.quantile,self.n_recent = check_range('quantile', quantile, 0, 1),check_range('n_recent', n_recent, 1)
         self.gaussians = ClassGaussians(decay, shrink)
 
     def setup(self, n_classes, n_unlabeled, model):
@@ -322,14 +360,15 @@ class FeatureDensity(Policy):
 
     def forward(self, batch):
         x = batch.weak if batch.x is None else torch.cat([batch.x, batch.weak])
-        features = penultimate(_own(self._net, self), x, batch.autocast)
+        features = penultimate(_model_of(self), x, batch.autocast)
         density = self.gaussians.log_density(features)
         n_x = len(x)-len(batch.weak)
         if n_x:
             known = features[:n_x]
             if batch.finite_x is not None: known = torch.where(batch.finite_x[:,None], known, torch.nan)
             self._learn(known, density[:n_x], batch.y)
-        return PseudoLabels(batch.logits_weak.argmax(1), (density[n_x:] >= self.recent.nanquantile(self.quantile)).float())
+        counts = density[n_x:] >= self.recent.nanquantile(self.quantile)
+        return PseudoLabels(batch.logits_weak.argmax(1), counts.float())
 
     def _learn(self, features, density, y):
         # as it was before this step; not yet of a class that is new
@@ -342,15 +381,17 @@ class FeatureDensity(Policy):
     def extra_repr(self): return f'quantile={self.quantile}, n_recent={self.n_recent}'
 
 # %% ../nbs/03_uncertainty.ipynb #fe0dd547
-def _normalised(m): return parametrize.is_parametrized(m, 'weight') and any(isinstance(o, _SpectralNorm) for o in m.parametrizations.weight)
+def _normalised(m):
+    if not parametrize.is_parametrized(m, 'weight'): return False
+    return any(isinstance(o, _SpectralNorm) for o in m.parametrizations.weight)
 
 def spectral_norm_(
     model:nn.Module # Changed in place
 )->nn.Module: # The same model
-    "Divide the weights of each convolution by their largest singular value ([spectral normalisation](https://arxiv.org/abs/1802.05957)); the classifier stays"
+    "Divide weights of convolutions by their largest singular value ([paper](https://arxiv.org/abs/1802.05957))"
     convs = [m for m in model.modules() if isinstance(m, _ConvNd)]
     if not convs: raise ValueError("The model has no convolution that could be normalised.")
-    last = _classifier(model)
+    last = _classifier(model) # stays
     for m in convs:
         if m is not last and not _normalised(m): spectral_norm(m)
     return model
@@ -370,7 +411,7 @@ def safe_doubt(
     target:float,   # Accuracy asked for, 0 to 1
     bound:float     # Confidence of the bound, 0 to 1
 )->float: # −∞ if there is none
-    "The largest doubt at which the accuracy of all images with no more doubt has a lower confidence bound of at least `target`"
+    "The largest doubt up to which the accuracy of all images has a lower confidence bound of at least `target`"
     from scipy.stats import beta
     order = np.argsort(doubts, kind='stable')
     doubts,k = np.asarray(doubts)[order],np.cumsum(np.asarray(right)[order])
@@ -380,20 +421,22 @@ def safe_doubt(
     safe = doubts[cut & (lower >= target)]
     return float(safe[-1]) if len(safe) else -math.inf
 
+# %% ../nbs/03_uncertainty.ipynb #7fec68ff
 def _plain(x, device): return x.as_subclass(Tensor).to(device) # fastai's are subclasses, which are slower
 
 def _judge(model, held_out, score, device, autocast): # → doubts, and whether the model is right, numpy (n,)
-    doubts,right = [],[]
+    doubts,right = [torch.zeros(0)],[torch.zeros(0, dtype=torch.bool)]
     for x,y,*_ in held_out:
         x,y = _plain(x, device),_plain(y, device)
         probs = eval_logits(model, x, autocast).softmax(1)
-        doubts.append(score(probs))
+        doubts.append(score(probs).nan_to_num(math.inf))
         right.append((probs.argmax(1) == y) & finite_rows(probs))
-    # the one place where this waits for the device, once in `every` steps
-    return (torch.cat(doubts).nan_to_num(math.inf).cpu().numpy(),torch.cat(right).cpu().numpy()) if doubts else (np.zeros(0),np.zeros(0, bool))
+    # the one line where this waits for the device, once in `every` steps
+    return (torch.cat([v.cpu() for v in o]).numpy() for o in (doubts,right))
 
+# %% ../nbs/03_uncertainty.ipynb #113dbe4b
 class ValidatedThreshold(Policy):
-    "Hard labels below the doubt at which held-out accuracy stays above a target, by a confidence bound; found anew every so many steps"
+    "Hard labels below the doubt at which held-out accuracy stays above a target, by a confidence bound"
     _net,_count = None,None
 
     def __init__(self,
@@ -404,9 +447,13 @@ class ValidatedThreshold(Policy):
         score=one_minus_confidence  # Probabilities (M, C) to doubts (M,)
     ):
         super().__init__()
-        if not hasattr(held_out, '__iter__') or hasattr(held_out, '__next__'): raise TypeError(f"`held_out` must be a loader of (x, y) that can be gone through again and again, such as `learn.dls.valid`, but is a {type(held_out).__name__}.")
-        if not (0 < target < 1 and 0 < bound < 1): raise ValueError(f"`target` and `bound` must be above 0 and below 1, but got {target} and {bound}.")
-        self.target,self.bound,self.every,self.score = target,bound,check_range('every', every, 1, float('inf')),_check_score(score, (2,4))
+        if not hasattr(held_out, '__iter__') or hasattr(held_out, '__next__'):
+            raise TypeError("`held_out` must be a loader of (x, y) that can be gone through again and again, "
+                            f"such as `learn.dls.valid`, but is a {type(held_out).__name__}.")
+        if not (0 < target < 1 and 0 < bound < 1):
+            raise ValueError(f"`target` and `bound` must be above 0 and below 1, but got {target} and {bound}.")
+        self.target,self.bound = target,bound
+        self.every,self.score = check_range('every', every, 1),_check_score(score, (2,4))
         self._held_out = Unseen(held_out)
 
     def setup(self, n_classes, n_unlabeled, model):
@@ -418,18 +465,24 @@ class ValidatedThreshold(Policy):
         self._count = None
 
     def forward(self, batch):
-        if self._count is None: self._count = int(self.step) # counted here too, so that no later step waits for the device
+        # counted here too, so that no later step waits for the device
+        if self._count is None: self._count = int(self.step)
         if self._count%self.every == 0: self.at_most.fill_(self._search(batch.logits_weak.device, batch.autocast))
         self._count += 1
         self.step += 1
-        probs = eval_logits(_own(self._net, self), batch.weak, batch.autocast).softmax(1) # as the held-out images: `batch.probs` has the noise of dropout and of the batch in it
+        # judged as the held-out images are: `batch.probs` has the noise of dropout and of the batch in it
+        probs = eval_logits(_model_of(self), batch.weak, batch.autocast).softmax(1)
         return _by_score(probs, self.score, self.at_most, batch.logits_weak)
 
     def _search(self, device, autocast):
-        if self._held_out.model is None: raise ValueError("This ValidatedThreshold was loaded without its held-out images: make a new one.")
-        doubts,right = _judge(_own(self._net, self), self._held_out.model, self.score, device, autocast)
-        least = math.ceil(math.log(1-self.bound)/math.log(self.target)) # if all are right, the bound is (1−bound)^(1/n)
-        if len(doubts) < least: raise ValueError(f"{len(doubts)} held-out images can't prove an accuracy of {self.target} even if all are right: it takes {least}, a lower `target`, or a lower `bound`.")
+        if self._held_out.model is None:
+            raise ValueError("This ValidatedThreshold was loaded without its held-out images: make a new one.")
+        doubts,right = _judge(_model_of(self), self._held_out.model, self.score, device, autocast)
+        # if all are right, the bound is (1−bound)^(1/n)
+        needed = math.ceil(math.log(1-self.bound)/math.log(self.target))
+        if len(doubts) < needed:
+            raise ValueError(f"{len(doubts)} held-out images can't prove an accuracy of {self.target} "
+                             f"even if all are right: it takes {needed}, a lower `target`, or a lower `bound`.")
         return safe_doubt(doubts, right, self.target, self.bound)
 
 # %% ../nbs/03_uncertainty.ipynb #a63f211b
@@ -445,15 +498,32 @@ def _density(model, labeled, batches): # → log density of each weak view (M,)
         gaussians.to(logits.device).update(features, _plain(y, logits.device))
     return gaussians.log_density(torch.cat([penultimate(model, b.weak) for b in batches]))
 
-def _all_doubts(model, labeled, batches, n_passes): # → name: (doubts, labels), each (M,); without the scores of T passes where these don't differ
+def _all_doubts(model, labeled, batches, n_passes): # → score: (doubts, labels), each (M,)
+    "Of all scores; without those of T passes where these don't differ"
     probs = torch.cat([b.probs for b in batches])
-    out = {f.__name__: (f(probs),probs.argmax(1)) for f in (one_minus_confidence, one_minus_margin, entropy)}
-    out['FeatureDensity'] = -_density(model, labeled, batches),probs.argmax(1)
+    found = {f.__name__: (f(probs),probs.argmax(1)) for f in (one_minus_confidence,one_minus_margin,entropy)}
+    found['FeatureDensity'] = -_density(model, labeled, batches),probs.argmax(1)
     passes = torch.cat([dropout_passes(model, b.weak, n_passes, b.autocast) for b in batches], 1)
-    if not _differ(passes): return out
-    probs = passes.softmax(2)
-    return out | {f.__name__: (f(probs),probs.mean(0).argmax(1)) for f in (one_minus_mean_confidence, predictive_entropy, mutual_info)}
+    if not _differ(passes): return found
+    probs,scores = passes.softmax(2),(one_minus_mean_confidence,predictive_entropy,mutual_info)
+    return found | {f.__name__: (f(probs),probs.mean(0).argmax(1)) for f in scores}
 
+# %% ../nbs/03_uncertainty.ipynb #f681e522
+def _peeks(learn, n_batches): # → unlabelled batches, and their classes (M,)
+    fix_match = getattr(learn, 'fix_match', None)
+    if fix_match is None:
+        raise ValueError("`compare_scores` needs a learner with FixMatch: "
+                         "add it with `learn.add_cb(FixMatch(unlabeled_dl))`.")
+    if fix_match.policy.multi_label:
+        raise ValueError("`compare_scores` compares doubts about one class in each image, and this learner's policy "
+                         "is for several labels: leave the comparison out, or use a policy for one class.")
+    batches,truth,*_ = zip(*[fix_match.peek(labeled=False) for _ in range(n_batches)])
+    if any(t is None for t in truth) or not (torch.cat(truth) >= 0).any():
+        raise ValueError("`compare_scores` needs the classes of unlabelled images: "
+                         "make the loader with `dls.unlabeled_dl(files, label_func=...)`.")
+    return batches,torch.cat(truth).cpu()
+
+# %% ../nbs/03_uncertainty.ipynb #7b990a3d
 def compare_scores(
     learn,            # A learner with `FixMatch`, whose unlabelled loader knows the classes
     n_passes:int=10,  # For the scores of several passes, 2 or more
@@ -461,17 +531,14 @@ def compare_scores(
     n_labeled:int=50  # Labelled batches that teach `FeatureDensity`, at most one epoch
 )->pd.DataFrame: # A row for each score: `auroc`, `accuracy` of the labels that belong to it, `n` images
     "How well each doubt tells wrong pseudo-labels from right ones, as the model is now; nothing is trained"
-    fix_match = getattr(learn, 'fix_match', None)
-    if fix_match is None: raise ValueError("`compare_scores` needs a learner with FixMatch: add it with `learn.add_cb(FixMatch(unlabeled_dl))`.")
-    if fix_match.policy.multi_label: raise ValueError("`compare_scores` compares doubts about one class in each image, and this learner's policy is for several labels: leave the comparison out, or use a policy for one class.")
-    batches,truth,*_ = zip(*[fix_match.peek(labeled=False) for _ in range(n_batches)])
-    if any(t is None for t in truth) or not (torch.cat(truth) >= 0).any(): raise ValueError("`compare_scores` needs the classes of unlabelled images: make the loader with `dls.unlabeled_dl(files, label_func=...)`.")
-    truth = torch.cat(truth).cpu()
-    found = _all_doubts(learn.model, islice(learn.dls.train, n_labeled), batches, n_passes)
-    if 'mutual_info' not in found: print("The model has no active dropout, so there are no scores of several passes: put some in with `add_dropout(learn.model)`.")
-    rows = {}
-    for name,o in found.items():
-        doubt,label = (v.cpu()[truth >= 0] for v in o)
-        wrong = (label != truth[truth >= 0]).numpy()
-        rows[name] = dict(auroc=_auroc(doubt.numpy(), wrong), accuracy=1-wrong.mean(), n=len(wrong))
-    return pd.DataFrame.from_dict(rows, orient='index').rename_axis('score').sort_values('auroc', ascending=False)
+    batches,truth = _peeks(learn, n_batches)
+    doubts = _all_doubts(learn.model, islice(learn.dls.train, n_labeled), batches, n_passes)
+    if 'mutual_info' not in doubts:
+        print("The model has no active dropout, so there are no scores of several passes: "
+              "put some in with `add_dropout(learn.model)`.")
+    rows,known = {},truth >= 0
+    for name,(doubt,label) in doubts.items():
+        wrong = (label.cpu() != truth)[known].numpy()
+        rows[name] = dict(auroc=_auroc(doubt.cpu()[known].numpy(), wrong), accuracy=1-wrong.mean(), n=len(wrong))
+    table = pd.DataFrame.from_dict(rows, orient='index').rename_axis('score')
+    return table.sort_values('auroc', ascending=False)

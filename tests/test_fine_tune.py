@@ -28,8 +28,8 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from fixmatch_fastai.all import FixedThreshold, FixMatch, FlexMatch, FrozenBatchNorm, ModelEMA, SaveFixMatch, probe, probe_head
-from fixmatch_fastai.recipe import PoolCheck
+from fixmatch_fastai.all import FixedThreshold, FixMatch, FlexMatch, ModelEMA, SaveFixMatch
+from fixmatch_fastai.recipe import FrozenBatchNorm, PoolCheck, probe, probe_head
 
 
 def two_groups(model):
@@ -73,17 +73,19 @@ def features_by_hand(learn, items):
 # the probe
 
 
+SCALED = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+
+
 def test_probe_is_scikit_learns(make):
     learn = make()
     found = probe(learn)
     (x, y), (x_v, y_v) = (features_by_hand(learn, o.items) for o in (learn.dls.train_ds, learn.dls.valid_ds))
     folds = StratifiedKFold(2, shuffle=True, random_state=0)
-    search = GridSearchCV(
-        make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)), {'logisticregression__C': [1e-3, 1e-2, 0.1, 1]}, scoring='neg_log_loss', cv=folds
-    )
+    search = GridSearchCV(SCALED, {'logisticregression__C': [1e-3, 1e-2, 0.1, 1]}, scoring='neg_log_loss', cv=folds)
     search.fit(x, y)
     assert found.C == search.best_params_['logisticregression__C']
-    assert (found.right == (search.predict(x_v) == y_v)).all() and found.accuracy == search.score.__self__.best_estimator_.score(x_v, y_v)
+    assert (found.right == (search.predict(x_v) == y_v)).all()
+    assert found.accuracy == search.best_estimator_.score(x_v, y_v)
     logits = torch.tensor(x_v, dtype=torch.float32) @ found.weight.T + found.bias
     np.testing.assert_allclose(logits.numpy(), search.best_estimator_.decision_function(x_v), atol=1e-4)
     assert 0 <= found.cv_accuracy <= 1 and f'{found.accuracy:.1%} of {len(y_v)} validation images' in repr(found)
@@ -94,6 +96,14 @@ def test_probe_changes_nothing(make):
     before, modes = state(learn), [m.training for m in learn.model.modules()]
     probe(learn)
     assert equal(before, state(learn)) and modes == [m.training for m in learn.model.modules()] and learn.opt is None
+
+
+def simple_learner(data, net, **kwargs):
+    return Learner(DataLoaders(data, data), net, CrossEntropyLossFlat(), splitter=two_groups, **kwargs)
+
+
+def no_linear():
+    return nn.Sequential(nn.Conv2d(1, 2, 16), nn.Flatten())
 
 
 def torch_loader(n_classes, n_each, net_in=1, seed=0):
@@ -107,7 +117,7 @@ def torch_loader(n_classes, n_each, net_in=1, seed=0):
 @pytest.mark.parametrize('n_classes', [2, 3])
 def test_torch_loaders_and_two_classes(n_classes):
     data = torch_loader(n_classes, 4)
-    learn = Learner(DataLoaders(data, data), tiny_net(n_classes), CrossEntropyLossFlat(), metrics=accuracy, splitter=two_groups)
+    learn = simple_learner(data, tiny_net(n_classes), metrics=accuracy)
     found = probe_head(learn)
     assert found.accuracy > 0.9 and found.weight.shape == (n_classes, 128)
     with learn.no_bar():
@@ -117,7 +127,7 @@ def test_torch_loaders_and_two_classes(n_classes):
 def test_one_label_a_class_and_a_class_without():
     "No cross-validation is possible; a class without a label is never said, and its logit stays finite in the head"
     data = [(torch.randn(2, 1, 16, 16), torch.tensor([0, 2]))]
-    learn = Learner(DataLoaders(data, data), tiny_net(4), CrossEntropyLossFlat(), splitter=two_groups)
+    learn = simple_learner(data, tiny_net(4))
     learn.dls.vocab = list('abcd')
     found = probe_head(learn)
     assert math.isnan(found.cv_accuracy) and found.bias[[1, 3]].isneginf().all() and found.bias[[0, 2]].isfinite().all()
@@ -147,12 +157,12 @@ def test_models_that_are_not_split_end_in_a_linear_layer(make):
         (torch.zeros(4, 3), tiny_net, 'one class number for each image'),
         (torch.rand(4), tiny_net, 'one class number for each image'),
         (torch.zeros(4, dtype=torch.long), tiny_net, 'of two classes or more'),
-        (torch.arange(4) % 2, lambda: nn.Sequential(nn.Conv2d(1, 2, 16), nn.Flatten()), 'no linear layer that could be its head'),
+        (torch.arange(4) % 2, no_linear, 'no linear layer that could be its head'),
         (torch.arange(4), partial(tiny_net, 2), 'The head has 2 outputs'),
     ],
     ids=['several labels', 'numbers', 'one class', 'no linear layer', 'too few outputs'],
 )
-def test_refused(y, net, contains):
+def test_what_the_probe_refuses(y, net, contains):
     data = [(torch.randn(4, 1, 16, 16), y)]
     learn = Learner(DataLoaders(data, data), net(), CrossEntropyLossFlat())
     before = state(learn)
@@ -180,6 +190,9 @@ def test_heads_of_fastai_on_bodies_of_timm(make_dls, arch):
 # the recipe
 
 
+fine_tune = partial(quiet_fit, method='fine_tune_fixmatch')
+
+
 class Watch(Callback):
     "What each step looked like"
 
@@ -191,33 +204,36 @@ class Watch(Callback):
     def after_batch(self):
         if self.training:
             norm = any(m.training for m in self.model.modules() if isinstance(m, nn.BatchNorm2d))
-            self.rows.append((self.learn.fix_match.warming_up, [h['lr'] for h in self.opt.hypers], norm, len(self.learn.xb[0])))
+            self.rows.append((self.learn.fix_match.warming_up, [h['lr'] for h in self.opt.hypers], norm))
 
 
 def test_stage_by_stage(make, pool_of):
     learn, watch = make(), Watch()
     dls, probed = learn.dls, make()
-    found = quiet_fit(learn, pool_of(learn.dls), 20, method='fine_tune_fixmatch', base_lr=1e-3, n_epoch=5, cbs=watch)
+    found = fine_tune(learn, pool_of(learn.dls), 20, base_lr=1e-3, n_epoch=5, cbs=watch)
     head = probe_head(probed)
     assert found.accuracy == head.accuracy and equal(watch.start, state(probed)), 'it begins as the probe'
-    warming, lrs, norms, sizes = zip(*watch.rows)
+    warming, lrs, norms = zip(*watch.rows)
     assert len(warming) == 20 and learn.dls is dls and len(learn.recorder.values) == 5
     assert warming[:7] == (True,) * 7 and not any(warming[8:]), 'two fifths on labels alone'
     body, of_head = zip(*lrs)
     np.testing.assert_allclose(np.array(body), 0.3 * np.array(of_head), rtol=1e-6)
-    assert of_head[2] == pytest.approx(1e-3) and max(of_head) <= 1e-3 and of_head[7] < 1e-4 < of_head[11], 'a cycle for each stage'
+    # a cycle for each stage
+    assert of_head[2] == pytest.approx(1e-3) and max(of_head) <= 1e-3 and of_head[7] < 1e-4 < of_head[11]
     assert not any(norms) and torch.equal(learn.model[0][1].running_mean, torch.zeros(8)), 'BatchNorm is frozen'
     history = learn.fix_match.history
     assert history.mask_rate.isna().sum() == 8 and len(history) == 20
-    assert learn.model_ema is learn.fix_match.teacher and learn.model_ema.averaged and learn.model_ema.half_life == pytest.approx(2.5)
+    teacher = learn.fix_match.teacher
+    assert learn.model_ema is teacher and teacher.averaged and teacher.half_life == pytest.approx(2.5)
     assert not learn._grab_cbs(FrozenBatchNorm) and not learn._grab_cbs(PoolCheck)
 
 
-def test_options(make, pool_of):
-    learn, teacher = make(), ModelEMA(half_life=3)
-    policy = FlexMatch(0.5)
-    quiet_fit(learn, pool_of(learn.dls), 6, method='fine_tune_fixmatch', policy=policy, teacher=teacher, warmup=0.0, freeze_bn=False, n_epoch=2, lambda_u=0.5)
-    assert learn.fix_match.policy is policy and learn.model_ema is teacher and learn.fix_match.history.mask_rate.notna().all()
+def test_options_of_fine_tuning(make, pool_of):
+    learn, teacher, policy = make(), ModelEMA(half_life=3), FlexMatch(0.5)
+    options = dict(policy=policy, teacher=teacher, warmup=0.0, freeze_bn=False, n_epoch=2, lambda_u=0.5)
+    fine_tune(learn, pool_of(learn.dls), 6, **options)
+    assert learn.fix_match.policy is policy and learn.model_ema is teacher and learn.fix_match.lambda_u == 0.5
+    assert learn.fix_match.history.mask_rate.notna().all()
     assert learn.model[0][1].running_mean.abs().sum() > 0
 
 
@@ -226,38 +242,41 @@ def test_again_and_after_another_fixmatch(make, pool_of):
     learn = make()
     learn.add_cbs([FixMatch(pool_of(learn.dls)), ModelEMA(half_life=2)])
     for _ in range(2):
-        quiet_fit(learn, pool_of(learn.dls), 4, method='fine_tune_fixmatch', n_epoch=1)
+        fine_tune(learn, pool_of(learn.dls), 4, n_epoch=1)
         assert len(learn._grab_cbs(FixMatch)) == len(learn._grab_cbs(ModelEMA)) == 1
     loss, acc = learn.validate()
     assert 0 <= acc <= 1
 
 
-@pytest.mark.parametrize('event,times', [('before_fit', 1), ('after_pred', 2), ('after_step', 4), ('after_pred', 9), ('before_validate', 2), ('after_fit', 1)])
-def test_interrupts(make, pool_of, event, times):
-    "In the stage on labels, in the one with the pool, and between: the learner predicts, exports, and can be fine-tuned again"
+INTERRUPTS = dict(before_fit=[1], after_pred=[2, 9], after_step=[4], before_validate=[2], after_fit=[1])
+
+
+@pytest.mark.parametrize('event,times', [(event, n) for event, times in INTERRUPTS.items() for n in times])
+def test_fine_tuning_after_an_interrupt(make, pool_of, event, times):
+    "In either stage, and between: the learner predicts, exports, and can be fine-tuned again"
     learn = make()
     dls = learn.dls
     with pytest.raises(KeyboardInterrupt):
-        quiet_fit(learn, pool_of(dls), 10, method='fine_tune_fixmatch', n_epoch=5, cbs=Raise(event, KeyboardInterrupt, times=times))
+        fine_tune(learn, pool_of(dls), 10, n_epoch=5, cbs=Raise(event, KeyboardInterrupt, times=times))
     assert learn.dls is dls
     with learn.no_bar():
         assert len(learn.validate()) == 2
     learn.export()
     with load_learner(learn.path / 'export.pkl').no_bar():
         pass
-    quiet_fit(learn, pool_of(dls), 4, method='fine_tune_fixmatch', n_epoch=2)
+    fine_tune(learn, pool_of(dls), 4, n_epoch=2)
     assert len(learn.fix_match.history) == 4
 
 
 @pytest.mark.parametrize('stop', [2, 7])
-def test_resumes(make, pool_of, tmp_path, stop):
+def test_fine_tuning_resumes(make, pool_of, tmp_path, stop):
     "Stopped on labels alone, or with the pool, and called again: as if it had not been"
 
     def run(fname, *cbs, resume=False):
         learn = make()
         set_seed(3)
         try:
-            quiet_fit(learn, pool_of(learn.dls), 10, method='fine_tune_fixmatch', n_epoch=5, cbs=[SaveFixMatch(fname, resume=resume), *cbs])
+            fine_tune(learn, pool_of(learn.dls), 10, n_epoch=5, cbs=[SaveFixMatch(fname, resume=resume), *cbs])
         except KeyboardInterrupt:
             return None
         return state(learn)
@@ -267,27 +286,28 @@ def test_resumes(make, pool_of, tmp_path, stop):
     assert equal(run('part', resume=True), whole)
 
 
-def test_epochs(make, make_dls, pool_of):
+def test_epochs_of_fine_tuning(make, make_dls, pool_of):
     "As many steps as asked for, or a few more, however few the labels; a torch loader's epochs are what they are"
     learn = make(make_dls(n_batches=None))
-    quiet_fit(learn, pool_of(learn.dls), 7, method='fine_tune_fixmatch', n_epoch=3)
+    fine_tune(learn, pool_of(learn.dls), 7, n_epoch=3)
     assert len(learn.fix_match.history) == 9 and len(learn.recorder.values) == 3
     data = torch_loader(2, 4)
-    learn = Learner(DataLoaders(data, data), tiny_net(2), CrossEntropyLossFlat(), splitter=two_groups)
+    learn = simple_learner(data, tiny_net(2))
     views = [(torch.randn(8, 1, 16, 16), torch.randn(8, 1, 16, 16))]
-    quiet_fit(learn, views, 5, method='fine_tune_fixmatch')
+    fine_tune(learn, views, 5)
     assert len(learn.fix_match.history) == 6
 
 
 def test_pool_that_cannot_help(make, pool_of):
-    "Teacher and probe must agree where the teacher is sure, or the rest goes on with labels alone, as if the warm-up had no end"
+    "Teacher and probe must agree where the teacher is sure, or the rest goes on with labels alone"
     learn = make()
-    with pytest.warns(UserWarning, match='The unlabelled images are left out from here on: .* says the same as the probe of'):
-        quiet_fit(learn, pool_of(learn.dls), 10, method='fine_tune_fixmatch', base_lr=0.1, n_epoch=2, policy=FixedThreshold(0.0), min_agreement=1.0)
+    options = dict(base_lr=0.1, n_epoch=2, policy=FixedThreshold(0.0))
+    with pytest.warns(UserWarning, match='images are left out from here on: .* says the same as the probe of'):
+        fine_tune(learn, pool_of(learn.dls), 10, **options, min_agreement=1.0)
     assert learn.fix_match.history.mask_rate.isna().all() and learn.fix_match.warmup == 0.4
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='The unlabelled images are left out')
-        quiet_fit(learn, pool_of(learn.dls), 10, method='fine_tune_fixmatch', base_lr=0.1, n_epoch=2, policy=FixedThreshold(0.0), min_agreement=0)
+        fine_tune(learn, pool_of(learn.dls), 10, **options, min_agreement=0)
     assert learn.fix_match.history.mask_rate.notna().sum() == 6
 
 
@@ -300,7 +320,7 @@ def test_pool_that_cannot_help(make, pool_of):
         (dict(min_agreement=2), 'a share between 0 and 1'),
     ],
 )
-def test_wrong_arguments(make, pool_of, kwargs, contains):
+def test_arguments_that_fine_tuning_refuses(make, pool_of, kwargs, contains):
     learn = make()
     before, dls = state(learn), learn.dls
     with pytest.raises(ValueError, match=contains):

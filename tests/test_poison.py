@@ -25,13 +25,13 @@ from fixmatch_fastai.all import (
     SemiBatch,
     SoftMatch,
 )
-from fixmatch_fastai.uncertainty import FeatureDensity, MCDropout, ScoreThreshold, ValidatedThreshold, entropy, one_minus_confidence
+from fixmatch_fastai.uncertainty import FeatureDensity, MCDropout, ScoreThreshold, ValidatedThreshold, entropy
 
 C, M, B, POOL = 5, 24, 8, 32
 SIZE = 1, 3, 3
 nan, inf = torch.nan, torch.inf
 
-# --- batches and poison ------------------------------------------------------------------------------------------------------------------
+# --- batches and poison
 
 
 def random_steps(n=9):
@@ -106,7 +106,7 @@ def without(b, weak=None, labeled=None):
     return b
 
 
-# --- policies ----------------------------------------------------------------------------------------------------------------------------
+# --- policies
 
 ALONE = {
     'FixedThreshold': partial(FixedThreshold, 0.7),
@@ -127,7 +127,7 @@ ALONE = {
 AGAIN = {  # these run the model on images
     'MCDropout': partial(MCDropout, at_most=0.005, n_passes=4),
     'FeatureDensity': partial(FeatureDensity, 0.5, n_recent=40),
-    'ValidatedThreshold': lambda: ValidatedThreshold(held_out(), target=0.98, every=3, score=one_minus_confidence),
+    'ValidatedThreshold': lambda: ValidatedThreshold(held_out(), target=0.98, every=3),
 }
 TOGETHER = {
     'FlexMatch & SoftMatch': lambda: ALONE['FlexMatch']() & ALONE['SoftMatch'](),
@@ -162,7 +162,8 @@ def assert_same_state(a, b):
     assert a.keys() == b.keys()
     for k in a:
         tolerance = 1e-3 if k.endswith('recent') else 1e-5
-        torch.testing.assert_close(a[k], b[k], rtol=tolerance, atol=1e-6, equal_nan=True, msg=partial('{}: {}'.format, k))
+        message = partial('{}: {}'.format, k)
+        torch.testing.assert_close(a[k], b[k], rtol=tolerance, atol=1e-6, equal_nan=True, msg=message)
 
 
 def assert_same_decision(a, b, rows=slice(None)):
@@ -195,7 +196,7 @@ def follow_both(policy, clean, steps):
     assert not steps or all(v.isfinite().all() for k, v in policy.state_dict().items() if not k.endswith(unknown))
 
 
-# --- policies never see it ---------------------------------------------------------------------------------------------------------------
+# --- policies never see it
 
 
 def test_the_policies_decide_something():
@@ -208,19 +209,20 @@ def test_the_policies_decide_something():
 @pytest.mark.parametrize('when', WHEN)
 @every_poison
 @every_policy
-def test_weak_logits(name, poison, when):
+def test_poisoned_weak_logits(name, poison, when):
     policy, clean = (ready(EVERY[name]()) for _ in range(2))
     steps, rows = random_steps(), bad_rows(M, poison)
     follow_both(policy, clean, steps[:when])
     b = steps[when]
-    judge_both(policy, clean, name, b._replace(logits_weak=poisoned(b.logits_weak, poison)), without(b, weak=rows), rows)
+    bad = b._replace(logits_weak=poisoned(b.logits_weak, poison))
+    judge_both(policy, clean, name, bad, without(b, weak=rows), rows)
     follow_both(policy, clean, steps[when + 1 :])
 
 
 @pytest.mark.parametrize('when', WHEN)
 @every_poison
 @every_policy
-def test_labeled_logits(name, poison, when):
+def test_poisoned_labeled_logits(name, poison, when):
     policy, clean = (ready(EVERY[name]()) for _ in range(2))
     steps, rows = random_steps(), bad_rows(B, poison)
     follow_both(policy, clean, steps[:when])
@@ -250,7 +252,7 @@ def test_images_that_are_looked_at_again(name, poison, when):
 
 @every_poison
 @every_policy
-def test_all_at_once(name, poison):
+def test_everything_poisoned_at_once(name, poison):
     policy, clean = (ready(EVERY[name]()) for _ in range(2))
     steps, weak, labeled = random_steps(), bad_rows(M, poison), bad_rows(B, poison)
     for i, b in enumerate(steps[:8]):
@@ -263,14 +265,15 @@ def test_all_at_once(name, poison):
 @pytest.mark.parametrize('way', ['state_dict', 'state_dict before set-up', 'pickle', 'deepcopy'])
 @pytest.mark.parametrize('poison', ['row of nan', 'all nan'])
 @every_policy
-def test_memory_that_goes_elsewhere(name, poison, way):
+def test_memory_of_poison_goes_elsewhere(name, poison, way):
     if way == 'pickle' and 'ValidatedThreshold' in name:
         pytest.skip('its held-out images stay behind')
     policy, clean = (ready(EVERY[name]()) for _ in range(2))
     steps, rows = random_steps(), bad_rows(M, poison)
     for i, b in enumerate(steps[:4]):
-        both = b._replace(logits_weak=poisoned(b.logits_weak, poison), logits_x=poisoned(b.logits_x, poison))
-        judge_both(policy, clean, name, *((both, without(b, rows, bad_rows(B, poison)), rows) if i == 2 else (b, b, None)))
+        bad = b._replace(logits_weak=poisoned(b.logits_weak, poison), logits_x=poisoned(b.logits_x, poison))
+        less = without(b, rows, bad_rows(B, poison))
+        judge_both(policy, clean, name, *((bad, less, rows) if i == 2 else (b, b, None)))
     if way == 'deepcopy':
         other = ready(deepcopy(policy))
     elif way == 'pickle':
@@ -289,7 +292,7 @@ def test_memory_that_goes_elsewhere(name, poison, way):
 
 @pytest.mark.parametrize('name', ['MCDropout', 'ValidatedThreshold'])
 def test_or_takes_a_label_that_is_known(name):
-    "Where a second look gives no number, the label is that of the weak logits, and the other policy says whether it counts"
+    "Where a second look gives no number, the label is that of the weak logits, and the other policy decides"
     either = ready(AGAIN[name]() | FixedThreshold(0.0))
     b = random_steps(1)[0]
     for poison in POISONS:
@@ -316,7 +319,8 @@ def test_scores_that_make_a_number_of_nan(score):
     for policy in (MCDropout(score, 1.0, 2), ValidatedThreshold(held_out(), target=0.8, score=score)):
         weights = ready(policy)(bad).weights
         assert weights[2] == 0 and weights.sum() == M - 1
-    assert ready(ScoreThreshold(score, 1.0))(b._replace(logits_weak=poisoned(b.logits_weak, 'row of nan'))).weights.sum() == M - 1
+    bad = b._replace(logits_weak=poisoned(b.logits_weak, 'row of nan'))
+    assert ready(ScoreThreshold(score, 1.0))(bad).weights.sum() == M - 1
 
 
 @every_poison
@@ -360,7 +364,7 @@ def test_dash_begins_when_a_labeled_loss_is_finite():
         assert dash.rho_x.item() == pytest.approx(np.log(2)), 'the warm-up is over'
 
 
-# --- a policy of one's own ---------------------------------------------------------------------------------------------------------------
+# --- a policy of one's own
 
 
 class Mine(Policy):
@@ -405,7 +409,7 @@ def test_what_a_policy_says_may_be_no_number(value):
     assert pseudo.weights.tolist() == [float(i not in (3, 5)) for i in range(M)]
 
 
-# --- in training -------------------------------------------------------------------------------------------------------------------------
+# --- in training
 
 MARK = 77.0
 
@@ -442,12 +446,13 @@ def trained(make_dls, make_learner, forward, value, policy, view):
     "Three steps with a mark in this view of the third image of each batch"
     dls = make_dls()
     size, rng = dls.one_batch()[0].shape[1:], torch.Generator().manual_seed(0)
-    batches = [[torch.randn(8, *size, generator=rng), torch.randn(8, *size, generator=rng), torch.arange(8)] for _ in range(3)]
+    images = lambda: torch.randn(8, *size, generator=rng)
+    batches = [[images(), images(), torch.arange(8)] for _ in range(3)]
     for b in batches:
         b[view][2, :, 0, 0] = MARK
     torch.manual_seed(0)
-    seen = Seen()
-    learn = make_learner(dls, Marked(value), dict(policy=policy, forward=forward, threshold=0.95), Pairs(map(tuple, batches)), cbs=[seen])
+    seen, options = Seen(), dict(policy=policy, forward=forward, threshold=0.95)
+    learn = make_learner(dls, Marked(value), options, Pairs(map(tuple, batches)), cbs=[seen])
     quiet_fit(learn, 1, 0.05)
     assert np.isfinite(learn.fix_match.history[['loss_x', 'loss_u', 'mask_rate']]).all(axis=None)
     return seen.grads, [p.detach() for p in learn.model.parameters()], learn.fix_match.history
@@ -467,7 +472,10 @@ def test_training_is_as_without_the_image(make_dls, make_learner, forward, value
     assert (history.loss_u > 0).all() == (threshold == 0.0)
 
 
-@pytest.mark.parametrize('make', [partial(FreeMatch, lambda_f=0.05), partial(DebiasMatch, 0.0, margin=True), lambda: UDA(0.0) | SoftMatch()])
+WITH_OTHER_LOSSES = partial(FreeMatch, lambda_f=0.05), partial(DebiasMatch, 0.0, margin=True)
+
+
+@pytest.mark.parametrize('make', [*WITH_OTHER_LOSSES, lambda: UDA(0.0) | SoftMatch()])
 @pytest.mark.parametrize('forward', ['joint', 'split', 'selective'])
 def test_losses_and_penalties_of_other_policies_stay_finite(make_dls, make_learner, forward, make):
     for value in (nan, inf):

@@ -1,4 +1,4 @@
-"Policies against float64 versions written from the papers' formulas, by hand, across processes, through `state_dict`, in training, and what they cost"
+"Policies against float64 versions of the papers' formulas, by hand, across processes, saved, in training; their cost"
 
 import io
 import pickle
@@ -39,7 +39,7 @@ from fixmatch_fastai.all import (
 C, M, B, POOL = 5, 24, 8, 60
 SMALL = 1e-6  # what alignment adds to both means
 
-# --- batches ---------------------------------------------------------------------------------------------------------------------------
+# --- batches
 
 
 def random_logits(rng, n):
@@ -86,7 +86,8 @@ def distributions(targets, n_classes=C):
 def assert_same(a, b, **tolerance):
     "Equal tensors under equal names; without tolerance to the last bit"
     assert a.keys() == b.keys()
-    torch.testing.assert_close(dict(a), dict(b), **{'rtol': 0, 'atol': 0, 'equal_nan': True, **tolerance})  # names what differs
+    # of dicts, it names what differs
+    torch.testing.assert_close(dict(a), dict(b), **{'rtol': 0, 'atol': 0, 'equal_nan': True, **tolerance})
 
 
 def surely(*confidences, k=0, n_classes=C):
@@ -96,7 +97,7 @@ def surely(*confidences, k=0, n_classes=C):
     return p.log().float()
 
 
-# --- float64 versions, from the formulas -------------------------------------------------------------------------------------------------
+# --- float64 versions, from the formulas
 
 
 def softmax(logits):
@@ -113,7 +114,7 @@ def average(old, new, decay):
 
 
 class Reference:
-    "Called with float64 arrays gives targets and weights; `gap` is how near a value came to the bar it is compared with"
+    "Float64 arrays to targets and weights; `gap` is how near a value came to the bar it is compared with"
 
     gap = np.inf
 
@@ -208,7 +209,7 @@ class SoftRef(Reference):
 
 
 class EvenStart:
-    "A running mean of which even shares are the first batch: all batches alike, until those of 1 ⁄ (1 − decay) are in it"
+    "A running mean of which even shares are the first batch: plain, until there are 1 ⁄ (1 − decay) batches"
 
     def __init__(self, decay):
         self.decay, self.seen = decay, [np.full(C, 1 / C)]
@@ -216,7 +217,8 @@ class EvenStart:
     def __call__(self, new):
         self.seen.append(new)
         n = len(self.seen)
-        self.mean = np.mean(self.seen, 0) if n * (1 - self.decay) <= 1 else average(self.mean if n > 2 else self.seen[0], new, self.decay)
+        before = self.mean if n > 2 else self.seen[0]
+        self.mean = np.mean(self.seen, 0) if n * (1 - self.decay) <= 1 else average(before, new, self.decay)
         return self.mean
 
 
@@ -304,7 +306,7 @@ REFERENCES = {
     'AlignedLabels, plain mean': (AlignedLabels, AlignedRef, dict(threshold=0.9, T=2.0, decay=1.0)),
     'DebiasMatch, other values': (DebiasMatch, DebiasRef, dict(threshold=0.7, strength=1.0, decay=0.7)),
     'DebiasMatch, margin': (DebiasMatch, DebiasRef, dict(margin=True)),
-    'DebiasMatch, margin, other values': (DebiasMatch, DebiasRef, dict(threshold=0.7, strength=1.0, decay=0.7, margin=True)),
+    'DebiasMatch, margin, others': (DebiasMatch, DebiasRef, dict(threshold=0.7, strength=1.0, decay=0.7, margin=True)),
 }
 
 
@@ -314,23 +316,28 @@ def test_equals_float64_version(policy, reference, values):
     strong_rng = np.random.default_rng(1)
     given = []
     for i, b in enumerate(random_steps(50)):
-        targets, weights = reference(*(o.double().numpy() for o in (b.logits_weak, b.logits_x)), b.y.numpy(), b.idxs.numpy())
+        weak, x = b.logits_weak.double().numpy(), b.logits_x.double().numpy()
+        targets, weights = reference(weak, x, b.y.numpy(), b.idxs.numpy())
         assert reference.gap > 1e-6, 'too near to the bar to compare: choose another seed'
         pseudo = policy(b)
+        found, expected = distributions(pseudo.targets), distributions(targets)
         np.testing.assert_allclose(pseudo.weights.numpy(), weights, atol=1e-5, err_msg=f'weights of step {i}')
-        np.testing.assert_allclose(distributions(pseudo.targets), distributions(targets), atol=1e-5, err_msg=f'targets of step {i}')
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=f'targets of step {i}')
         strong = random_logits(strong_rng, M)
         penalty = reference.penalty(strong.double().numpy(), weights) if hasattr(reference, 'penalty') else 0
         assert float(policy.penalty(b, pseudo, strong)) == pytest.approx(penalty, abs=1e-5), f'penalty of step {i}'
-        loss = reference.loss(strong.double().numpy(), targets)
-        np.testing.assert_allclose(policy.loss(strong, pseudo).numpy(), loss, atol=1e-4, rtol=1e-4, err_msg=f'loss of step {i}')
+        losses, expected = policy.loss(strong, pseudo).numpy(), reference.loss(strong.double().numpy(), targets)
+        np.testing.assert_allclose(losses, expected, atol=1e-4, rtol=1e-4, err_msg=f'loss of step {i}')
         given.append(weights)
     slow = (policy.__class__, values) in ((FreeMatch, {}), (SoftMatch, {}))  # with a decay of 0.999 all still count
     assert slow or 0.05 < np.mean(given) < 0.98, 'a test in which nearly all count, or none, would show little'
 
 
-@pytest.mark.parametrize('policy,reference', list(dict.fromkeys((p, r) for p, r, _ in REFERENCES.values())), ids=lambda o: o.__name__)
-def test_default_values(policy, reference):
+PAIRS = list(dict.fromkeys((policy, reference) for policy, reference, _ in REFERENCES.values()))
+
+
+@pytest.mark.parametrize('policy,reference', PAIRS, ids=lambda o: o.__name__)
+def test_defaults_are_those_of_the_references(policy, reference):
     ours, theirs = ({name: o.default for name, o in signature(cls).parameters.items()} for cls in (policy, reference))
     assert ours == theirs
 
@@ -345,8 +352,11 @@ def test_flexmatch_counts_are_those_of_its_notes():
 
 @pytest.mark.parametrize('how,join', [('&', torch.mul), ('|', torch.maximum)], ids=['and', 'or'])
 def test_two_as_one_are_as_each_alone(how, join):
-    make = partial(FreeMatch, lambda_f=0.05, decay=0.7), partial(Dash, warmup=4, every=5), partial(FreeMatch, lambda_f=0.02, lower=0.5)
-    (a, b, c), alone = ([ready(m()) for m in make] for _ in range(2))
+    def make():
+        policies = FreeMatch(lambda_f=0.05, decay=0.7), Dash(warmup=4, every=5), FreeMatch(lambda_f=0.02, lower=0.5)
+        return [ready(o) for o in policies]
+
+    (a, b, c), alone = make(), make()
     both = a & b & c if how == '&' else a | b | c
     assert both.needs_labeled and not (a & c).needs_labeled
     for step, other in zip(random_steps(20), random_steps(20, seed=1)):
@@ -360,7 +370,7 @@ def test_two_as_one_are_as_each_alone(how, join):
         assert_same(one.state_dict(), theirs.state_dict())
 
 
-# --- by hand -----------------------------------------------------------------------------------------------------------------------------
+# --- by hand
 
 # lively: with memories that move fast, and bars in the middle
 POLICIES = {
@@ -440,7 +450,7 @@ def test_alignedlabels_weigh_by_their_confidence_from_the_bar_on():
 
 
 def test_freematch_asks_less_for_a_rare_class():
-    "τ = 2.88 ⁄ 4 = 0.72; p̃₀ = 2.755 ⁄ 4, p̃₄ = 0.405 ⁄ 4: class 0 needs 0.72, class 4 needs 0.72 · 0.405 ⁄ 2.755 = 0.106"
+    "τ = 2.88 ⁄ 4 = 0.72; p̃₀ = 2.755 ⁄ 4, p̃₄ = 0.405 ⁄ 4: class 4 needs 0.72 · 0.405 ⁄ 2.755 = 0.106"
     free = ready(FreeMatch(decay=0.0))
     pseudo = free(SemiBatch(logits_weak=torch.cat([surely(0.9, 0.98, 0.7), surely(0.3, k=4)])))
     assert pseudo.targets.tolist() == [0, 0, 0, 4]
@@ -460,14 +470,15 @@ def test_debiasmatch_favours_a_class_that_was_absent():
 
 
 def test_debiasmatch_margin_has_the_p_that_made_the_labels():
-    "Even strong logits: the softmax is the p of before this batch, and even in the first; a class of 0.9 costs −log 0.9, one of 0.025 −log 0.025"
+    "Of even strong logits the softmax is the p of before this batch, so a class of 0.9 costs −log 0.9"
     debias, even = ready(DebiasMatch(strength=1.0, decay=0.0, margin=True)), torch.zeros(1, C)
     pseudo = debias(SemiBatch(logits_weak=surely(0.9)))
     assert debias.loss(even, pseudo).tolist() == pytest.approx([np.log(5)])
     for k, p in ((0, 0.9), (4, 0.025)):
         debias(SemiBatch(logits_weak=surely(0.9)))
         pseudo = debias(SemiBatch(logits_weak=surely(0.99999, k=k)))
-        assert pseudo.targets.tolist() == [k] and debias.loss(even, pseudo).tolist() == pytest.approx([-np.log(p)], rel=1e-4)
+        assert pseudo.targets.tolist() == [k]
+        assert debias.loss(even, pseudo).tolist() == pytest.approx([-np.log(p)], rel=1e-4)
     other = pickle.loads(pickle.dumps(debias))
     assert other.loss(even, pseudo).equal(debias.loss(even, pseudo)), 'between a decision and its loss'
     untrained = DebiasMatch(margin=True)
@@ -496,7 +507,7 @@ def objective(policy, batch, strong):
     ],
     ids=lambda o: type(o).__name__ if isinstance(o, Policy) else '',
 )
-def test_nothing_counts(policy, n_before):
+def test_where_nothing_counts_there_is_no_loss(policy, n_before):
     ready(policy, pool=2)
     surer, less_sure = (torch.cat([surely(a, k=0), surely(b, k=1)]) for a, b in ((0.95, 0.95), (0.8, 0.85)))
     b = SemiBatch(y=torch.tensor([0, 1]), idxs=torch.tensor([0, 1]), logits_x=surer, logits_weak=less_sure)
@@ -518,11 +529,12 @@ def assert_finite(policy, steps):
         assert ((0 <= pseudo.weights) & (pseudo.weights <= 1)).all()  # not so for nan
         assert pseudo.targets.isfinite().all() and pseudo.targets.min() >= 0
         assert loss.isfinite() and strong.grad.isfinite().all()
-        assert all(v.isfinite().all() for name, v in policy.state_dict().items() if not name.endswith('mean_x'))  # SoftMatch's stays unknown
+        memory = {k: v for k, v in policy.state_dict().items() if not k.endswith('mean_x')}  # SoftMatch's stays unknown
+        assert all(v.isfinite().all() for v in memory.values())
 
 
 @every_policy
-def test_huge_logits(make):
+def test_policies_with_huge_logits(make):
     rng = np.random.default_rng(0)
     sign = lambda *shape: torch.tensor(rng.choice([-1e4, 1e4], shape), dtype=torch.float32)
     steps = [b._replace(logits_x=sign(B, C), logits_weak=sign(M, C)) for b in random_steps(8)]
@@ -532,8 +544,8 @@ def test_huge_logits(make):
 
 
 @every_policy
-def test_one_image(make):
-    assert_finite(ready(make()), [SemiBatch(y=b.y[:1], idxs=b.idxs[:1], logits_x=b.logits_x[:1], logits_weak=b.logits_weak[:1]) for b in random_steps(8)])
+def test_policies_with_one_image(make):
+    assert_finite(ready(make()), [SemiBatch(*(None if o is None else o[:1] for o in b)) for b in random_steps(8)])
 
 
 @every_policy
@@ -569,7 +581,7 @@ def test_penalty_when_weak_views_never_showed_a_class(decay, n):
     assert penalty.isfinite() and strong.grad.isfinite().all()
 
 
-# --- errors seen elsewhere ---------------------------------------------------------------------------------------------------------------
+# --- errors seen elsewhere
 
 
 def test_soft_targets_use_the_temperature():
@@ -599,24 +611,26 @@ def test_dash_keeps_the_loss_of_the_warm_up():
 
 def test_classes_by_number_not_by_place_among_those_present():
     "Only class 3 of 5 comes"
-    b = SemiBatch(y=torch.tensor([3]), idxs=torch.arange(4), logits_x=surely(0.9, k=3), logits_weak=surely(0.99, 0.98, 0.97, 0.6, k=3))
+    weak = surely(0.99, 0.98, 0.97, 0.6, k=3)
+    b = SemiBatch(y=torch.tensor([3]), idxs=torch.arange(4), logits_x=surely(0.9, k=3), logits_weak=weak)
     for name, make in POLICIES.items():
         assert distributions(ready(make())(b).targets).argmax(1).tolist() == [3] * 4, name
     flex, free = ready(FlexMatch(0.9), pool=4), ready(FreeMatch(decay=0.0))
     flex(b), free(b)
     assert flex.counts.tolist() == [0, 0, 0, 3, 0, 1] and flex.last[:4].tolist() == [3, 3, 3, 5]
-    bars = [[flex(b._replace(idxs=torch.tensor([3]), logits_weak=surely(c, k=k))).weights.item() for c in (0.5, 0.89)] for k in range(C)]
-    assert bars == [[1, 1], [1, 1], [1, 1], [0, 0], [1, 1]]
+    weight = lambda c, k: flex(b._replace(idxs=torch.tensor([3]), logits_weak=surely(c, k=k))).weights.item()
+    assert [[weight(c, k) for c in (0.5, 0.89)] for k in range(C)] == [[1, 1], [1, 1], [1, 1], [0, 0], [1, 1]]
     assert free.hist.tolist() == [0, 0, 0, 1, 0] and free.p.argmax() == 3
     ada = ready(AdaMatch())
     ada(b)
-    assert ada.align.mean_x.tolist() == pytest.approx([0.1125, 0.1125, 0.1125, 0.55, 0.1125]), 'half way from even shares'
+    half_way = [0.1125, 0.1125, 0.1125, 0.55, 0.1125]  # from even shares
+    assert ada.align.mean_x.tolist() == pytest.approx(half_way)
 
 
 def test_softmatch_labels_come_from_unaligned_probabilities():
     """The mean is (0.825, 0.175): aligned, (0.6, 0.4) becomes (0.241, 0.759), but SoftMatch keeps its label.
 
-    AdaMatch changes it: its means are half way from even shares, (0.6625, 0.3375) and (0.5, 0.5), and make (0.433, 0.567) of it."""
+    AdaMatch changes it to (0.433, 0.567), by means half way from even shares, (0.6625, 0.3375) and (0.5, 0.5)."""
     b = SemiBatch(logits_x=surely(0.9, 0.1, n_classes=2), logits_weak=surely(0.9, 0.9, 0.9, 0.6, n_classes=2))
     soft, ada = ready(SoftMatch(decay=0.0), 2), ready(AdaMatch(0.8), 2)
     assert soft(b).targets.tolist() == [0, 0, 0, 0]
@@ -628,7 +642,7 @@ def test_softmatch_labels_come_from_unaligned_probabilities():
     assert soft.mu.item() == pytest.approx((3 * c[0] + c[1]) / 4, abs=1e-5)
 
 
-# --- many classes, few labelled images --------------------------------------------------------------------------------------------------
+# --- many classes, few labelled images
 
 
 def right_logits(k, confidence, noise, rng, n_classes=100):
@@ -640,7 +654,7 @@ def right_logits(k, confidence, noise, rng, n_classes=100):
 
 
 def n_spoilt(policy, confidence, noise, seed, n_steps=150):
-    "Of labels that are all right, how many are wrong after alignment? 16 labelled images a batch, seven times as many without"
+    "Of labels that are all right, how many are wrong after alignment? 16 labelled and 112 other images a batch"
     rng = torch.Generator().manual_seed(seed)
     n = 0
     for _ in range(n_steps):
@@ -671,10 +685,11 @@ def test_alignment_that_begins_with_the_first_batch_spoils_right_labels(confiden
     assert n_spoilt(ready(ada, 100), confidence, 1, seed=0) > 100
 
 
-# --- several processes -------------------------------------------------------------------------------------------------------------------
+# --- several processes
 
-SHARES = {'halves': (M // 2, B // 2), 'unequal': (17, 3)}  # rows of the weak and labelled images that the first process gets
-TOGETHER = [(name, how) for name in REMEMBER for how in SHARES if how == 'halves' or 'FlexMatch' not in name]  # FlexMatch asks for the same M
+# rows of the weak and labelled images that the first process gets; FlexMatch asks for the same M
+SHARES = {'halves': (M // 2, B // 2), 'unequal': (17, 3)}
+TOGETHER = [(name, how) for name in REMEMBER for how in SHARES if how == 'halves' or 'FlexMatch' not in name]
 
 
 def share(b, rank, cut_weak, cut_x):
@@ -698,7 +713,8 @@ def density_run(rank=None):
 
 def one_of_two(rank, folder):
     "Runs in a process of its own"
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    minute = timedelta(seconds=60)
+    dist.init_process_group('gloo', f'file://{folder}/meet', rank=rank, world_size=2, timeout=minute)
     done = {}
     for name, how in TOGETHER:
         policy = ready(POLICIES[name]())
@@ -738,7 +754,7 @@ def test_two_processes_know_one_density(in_two_processes):
     assert 0 < torch.cat(whole).mean() < 1
 
 
-# --- the memory --------------------------------------------------------------------------------------------------------------------------
+# --- the memory
 
 
 def saved_and_loaded(state):
@@ -748,7 +764,10 @@ def saved_and_loaded(state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize('set_up_first', [False, True], ids=['load, set up', 'set up, load'])
+set_up_or_load = pytest.mark.parametrize('set_up_first', [False, True], ids=['load, set up', 'set up, load'])
+
+
+@set_up_or_load
 @every_policy
 def test_goes_on_after_loading(make, set_up_first):
     steps = random_steps(30)
@@ -780,10 +799,12 @@ def test_loading_copies(make):
         assert_same(other.state_dict(), before)
 
 
-@pytest.mark.parametrize('set_up_first', [False, True], ids=['load, set up', 'set up, load'])
-@pytest.mark.parametrize(
-    'name,n_classes,pool', [(n, C + 1, POOL) for n in REMEMBER if n != 'Dash'] + [('FlexMatch', C, POOL + 1), ('FlexMatch & SoftMatch', C, 7)]
-)
+OTHER_CLASSES = [(name, C + 1, POOL) for name in REMEMBER if name != 'Dash']
+OTHER_SHAPES = [*OTHER_CLASSES, ('FlexMatch', C, POOL + 1), ('FlexMatch & SoftMatch', C, 7)]
+
+
+@set_up_or_load
+@pytest.mark.parametrize('name,n_classes,pool', OTHER_SHAPES)
 def test_state_of_other_shape(name, n_classes, pool, set_up_first):
     make = POLICIES[name]
     state, other = memory(ready(make())), make()
@@ -833,7 +854,7 @@ def test_two_policies_remember_under_their_own_names():
     assert set(both.state_dict()) == {'first.last', 'first.counts', 'second.tau', 'second.p', 'second.hist'}
 
 
-# --- gradients ---------------------------------------------------------------------------------------------------------------------------
+# --- gradients
 
 
 @every_policy
@@ -870,9 +891,13 @@ def test_gradient_of_the_penalty():
     assert torch.autograd.gradcheck(lambda s: free.penalty(b, pseudo, s), strong)
 
 
-# --- in training -------------------------------------------------------------------------------------------------------------------------
+# --- in training
 
-IN_TRAINING = {**POLICIES, 'FlexMatch': partial(FlexMatch, 0.15), 'FlexMatch & SoftMatch': lambda: FlexMatch(0.15) & SoftMatch(decay=0.9)}  # of ten classes
+OF_TEN = {
+    'FlexMatch': partial(FlexMatch, 0.15),
+    'FlexMatch & SoftMatch': lambda: FlexMatch(0.15) & SoftMatch(decay=0.9),
+}
+IN_TRAINING = {**POLICIES, **OF_TEN}  # lower thresholds for ten classes
 
 
 class Watch(Callback):
@@ -888,7 +913,7 @@ class Watch(Callback):
 
 
 @pytest.mark.parametrize('make', IN_TRAINING.values(), ids=IN_TRAINING.keys())
-def test_trains(make_learner, make):
+def test_every_policy_trains(make_learner, make):
     policy = make()
     watch = Watch(policy)
     learn = make_learner(fixmatch={'threshold': 0.95, 'policy': policy}, cbs=[watch])
@@ -901,7 +926,8 @@ def test_trains(make_learner, make):
     assert one.keys() == two.keys()
     assert bool(one) == (not isinstance(policy, (FixedThreshold, UDA)))
     moved = {k for k in two if not one[k].equal(two[k])}
-    still = {k for k in two if k.endswith(('align.mean_x', 'align.seen_x', 'rho_x'))}  # SoftMatch does not ask, Dash no longer after its warm-up
+    # SoftMatch does not follow labelled images, Dash no longer after its warm-up
+    still = {k for k in two if k.endswith(('align.mean_x', 'align.seen_x', 'rho_x'))}
     assert moved | still == set(two)
 
 
@@ -914,9 +940,10 @@ class Pairs(list):
 
 
 @pytest.mark.parametrize('make', IN_TRAINING.values(), ids=IN_TRAINING.keys())
-def test_order_of_unlabeled_images_does_not_matter(make_dls, make_learner, make):
+def test_policies_do_not_depend_on_the_order_of_images(make_dls, make_learner, make):
     size, rng = make_dls().one_batch()[0].shape[1:], torch.Generator().manual_seed(0)
-    views = [(torch.randn(M, *size, generator=rng), torch.randn(M, *size, generator=rng), b.idxs) for b in random_steps(3, unique=True)]
+    view = lambda: torch.randn(M, *size, generator=rng)
+    views = [(view(), view(), b.idxs) for b in random_steps(3, unique=True)]
     orders = [torch.randperm(M, generator=rng) for _ in views]
     seen, states = ([], []), []
     for outs, batches in zip(seen, (views, [tuple(o[order] for o in v) for v, order in zip(views, orders)])):
@@ -931,13 +958,14 @@ def test_order_of_unlabeled_images_does_not_matter(make_dls, make_learner, make)
     assert_same(*states, atol=1e-4, rtol=1e-4)
 
 
-def test_flexmatch_without_places(make_dls, make_learner, pool):
+def test_flexmatch_without_idxs(make_dls, make_learner, pool):
     dls = make_dls()
     size = dls.one_batch()[0].shape[1:]
     views = [torch.zeros(8, *size), torch.zeros(8, *size)]
-    no_places = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*views), batch_size=4)
+    no_idxs = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*views), batch_size=4)
     no_pool = [tuple(views)]
-    for loader, message in ((no_places, 'make the loader with `dls.unlabeled_dl(files)`'), (no_pool, 'give the loader a `dataset` that has a length')):
+    advice = 'make the loader with `dls.unlabeled_dl(files)`', 'give the loader a `dataset` that has a length'
+    for loader, message in zip((no_idxs, no_pool), advice):
         policy = FlexMatch(0.15)
         learn = make_learner(dls=dls, loader=loader, fixmatch={'threshold': 0.95, 'policy': policy})
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -951,7 +979,7 @@ def test_flexmatch_without_places(make_dls, make_learner, pool):
         assert policy.counts.sum() == len(pool) and policy.counts[-1] < len(pool)
 
 
-def test_flexmatch_refuses_places_outside_the_pool():
+def test_flexmatch_refuses_idxs_outside_the_pool():
     b = random_steps(1)[0]
     for bad in (-1, POOL):
         flex = ready(FlexMatch())
@@ -961,7 +989,7 @@ def test_flexmatch_refuses_places_outside_the_pool():
         assert_same(flex.state_dict(), before)
 
 
-# --- cost --------------------------------------------------------------------------------------------------------------------------------
+# --- cost
 
 
 def tensors_in(o):
@@ -973,7 +1001,7 @@ def tensors_in(o):
 
 
 class Ops(TorchDispatchMode):
-    "Records what is computed: the size of the largest new tensor, and by name what reads large tensors and what leaves the GPU"
+    "Records the size of the largest new tensor, and by name what reads large tensors and what leaves the GPU"
 
     def __init__(self, large):
         super().__init__()
@@ -984,7 +1012,8 @@ class Ops(TorchDispatchMode):
         name = func.overloadpacket.__name__
         given, made = list(tensors_in([*args, *(kwargs or {}).values()])), list(tensors_in(out))
         self.names.add(name)
-        self.largest = max([self.largest, *(t.numel() for t in made if not any(t is g or t._base is not None for g in given))])
+        new = [t for t in made if not any(t is g or t._base is not None for g in given)]
+        self.largest = max([self.largest, *(t.numel() for t in new)])
         if any(t.numel() >= self.large for t in given):
             self.on_large.add(name)
         if any(t.device.type == 'cuda' and t.ndim for t in given) and any(t.device.type != 'cuda' for t in made):
@@ -1016,7 +1045,7 @@ def test_the_watch_on_cost_sees_a_pass_over_the_pool():
 
 
 def on_fake_gpu(b):
-    return SemiBatch(*(o.cuda() if isinstance(o, torch.Tensor) else o for o in b))
+    return SemiBatch(*(torch.empty_like(o).cuda() if isinstance(o, torch.Tensor) else o for o in b))
 
 
 @every_policy
@@ -1024,7 +1053,7 @@ def test_gpu_is_not_waited_for(make):
     "Tensors without content: what needs a number of them, or a shape that depends on one, raises an error"
     with FakeTensorMode():
         policy = ready(make()).cuda()
-        steps = [on_fake_gpu(SemiBatch(*(torch.empty_like(o) if isinstance(o, torch.Tensor) else o for o in b))) for b in random_steps(2)]
+        steps = [on_fake_gpu(b) for b in random_steps(2)]
         strong = torch.randn(M, C, device='cuda')
         with Ops(large=np.inf) as ops:
             for b in steps:
