@@ -1,12 +1,14 @@
-"""Self-training and FixMatch on the same few labels: every method gets the same labels and as many steps for its last network.
+"""Self-training and FixMatch on the same few labels, with as many steps for the last network of each method.
 
-Every run is a line in self_training.csv, so that an interrupted benchmark goes on where it was; self_training.md is the table made of it.
+Every run is a line in self_training.csv, so that an interrupted benchmark goes on where it was;
+self_training.md is the table made of it.
 """
 
 import argparse
 import csv
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 warnings.filterwarnings('ignore', category=FutureWarning)  # before fastai is imported
@@ -31,7 +33,8 @@ from fixmatch_fastai.all import (
 from fixmatch_fastai.cli import Comparison, small_cnn
 
 HERE = Path(__file__).parent
-COLUMNS = ['images', 'labels', 'steps', 'method', 'seed', 'accuracy', 'pseudo_acc', 'all_steps', 'cpu_seconds', 'n_test', 'hardware']
+KEY = ['images', 'labels', 'steps', 'method', 'seed']
+COLUMNS = [*KEY, 'accuracy', 'pseudo_acc', 'all_steps', 'cpu_seconds', 'n_test', 'hardware']
 
 ABOUT = """# Self-training, measured
 
@@ -51,7 +54,7 @@ ABOUT = """# Self-training, measured
 | rotation, FixMatch | that body, then `FixMatch` |
 
 The network and the learning rate are those of `make demo`, which were settled by looking at supervised training and FixMatch with 40 digits; the settings of the other methods are written in the table and were not tuned. Runs as short as these say how methods start, not how they end.
-"""
+"""  # noqa: E501
 
 
 class Methods:
@@ -96,7 +99,8 @@ class Methods:
 
     def pseudo_labels(self):
         teacher = self.teacher()
-        return self.fit(self.student(with_pseudo_labels(teacher.dls, pseudo_label(teacher, self.pool, threshold=0.95), bs=self.student_bs)))
+        labels = pseudo_label(teacher, self.pool, threshold=0.95)
+        return self.fit(self.student(with_pseudo_labels(teacher.dls, labels, bs=self.student_bs)))
 
     def self_distillation(self):
         return self_distill(self.teacher(), self.student, self.fit, bs=self.student_bs)
@@ -105,17 +109,21 @@ class Methods:
         return self_distill(self.teacher(), self.student, self.fit, items=self.pool, bs=self.student_bs)
 
     def semi_weak(self):
-        return semi_weak(self.teacher(), self.student, self.pool, lambda o: self.fit(o, 0.9), self.last_tenth, k=40, bs=self.student_bs)
+        fit = partial(self.fit, share=0.9)
+        return semi_weak(self.teacher(), self.student, self.pool, fit, self.last_tenth, k=40, bs=self.student_bs)
 
     def noisy_student(self):
         strong = FixMatchTransform(weak=self.comparison.weak).strong
-        return NoisyStudent(self.teacher(), self.student, self.pool, rounds=2, bs=self.student_bs, strong=strong, dropout=0.2).fit(self.fit)
+        opts = dict(rounds=2, bs=self.student_bs, strong=strong, dropout=0.2)
+        return NoisyStudent(self.teacher(), self.student, self.pool, **opts).fit(self.fit)
 
     def meta_pseudo_labels(self):
-        learn = self.learner()
+        learn, tfm = self.learner(), FixMatchTransform(weak=self.comparison.weak)
         set_seed(self.seed + 1000)
         teacher = small_cnn(1, learn.dls.c)
-        learn.add_cb(MetaPseudoLabels(teacher, self.comparison._unlabeled_dl(learn.dls, self.seed)))
+        opts = dict(mu=self.comparison.mu, num_workers=self.comparison.num_workers)
+        unlabeled_dl = learn.dls.unlabeled_dl(self.pool, tfm=tfm, label_func=parent_label, **opts)
+        learn.add_cb(MetaPseudoLabels(teacher, unlabeled_dl))
         self.fit(learn, 0.9)
         learn.remove_cb(MetaPseudoLabels)
         return self.last_tenth(learn)
@@ -165,8 +173,9 @@ def run(comparison, images, method, seed):
         preds, truth = learn.get_preds(dl=learn.dls.valid)
         table = pseudo_label(learn, runs.pool)
     right = [parent_label(f) == p for f, p in zip(table.file, table.predicted)]
-    row = dict(images=images, labels=comparison.n_labels, steps=comparison.steps, method=method, seed=seed, all_steps=runs.n_steps, n_test=len(truth))
-    row |= dict(accuracy=float((preds.argmax(1) == truth).float().mean()), pseudo_acc=sum(right) / len(right), cpu_seconds=seconds, hardware=hardware())
+    row = dict(images=images, labels=comparison.n_labels, steps=comparison.steps, method=method, seed=seed)
+    row |= dict(accuracy=float((preds.argmax(1) == truth).float().mean()), pseudo_acc=sum(right) / len(right))
+    row |= dict(all_steps=runs.n_steps, n_test=len(truth), cpu_seconds=seconds, hardware=hardware())
     return {k: round(row[k], 4) if isinstance(row[k], float) else row[k] for k in COLUMNS}
 
 
@@ -175,21 +184,24 @@ def table(rows):
     rows = rows.sort_values('method', key=lambda s: s.map(list(METHODS).index), kind='stable')
     pm = lambda s: f'{100 * s.mean():.1f}' + (f' ± {100 * s.std():.1f}' if len(s) > 1 else '')
     text = [ABOUT]
-    for (images, labels, steps), part in rows.sort_values(['images', 'labels', 'steps'], kind='stable').groupby(['images', 'labels', 'steps'], sort=False):
+    for (images, labels, steps), part in rows.groupby(['images', 'labels', 'steps']):
         base = part[part.method == 'supervised'].set_index('seed').accuracy
         seeds = part.groupby('method').seed.nunique().min()
         text += [
             f'## {images}, {labels} labels',
             '',
-            f'{steps:,} steps, {seeds} seed{"s" if seeds > 1 else ""}, {part.n_test.iloc[0]} test images; mean ± standard deviation. {part.hardware.iloc[-1]}, one thread.',
+            f'{steps:,} steps, {seeds} seed{"s" if seeds > 1 else ""}, {part.n_test.iloc[0]} test images; '
+            f'mean ± standard deviation. {part.hardware.iloc[-1]}, one thread.',
             '',
             '| method | accuracy, % | gain over supervised, same seeds | better in | steps in all | CPU seconds |',
             '| --- | --- | --- | --- | --- | --- |',
         ]
         for method, o in part.groupby('method', sort=False):
             diff = (o.set_index('seed').accuracy - base).dropna()
-            gain = ('–', '–') if method == 'supervised' or not len(diff) else (pm(diff), f'{(diff > 0).sum()} of {len(diff)}')
-            text.append(f'| {method} | {pm(o.accuracy)} | {gain[0]} | {gain[1]} | {o.all_steps.mean():,.0f} | {o.cpu_seconds.mean():.0f} |')
+            compared = method != 'supervised' and len(diff) > 0
+            gain, better = (pm(diff), f'{(diff > 0).sum()} of {len(diff)}') if compared else ('–', '–')
+            cost = f'{o.all_steps.mean():,.0f} | {o.cpu_seconds.mean():.0f}'
+            text.append(f'| {method} | {pm(o.accuracy)} | {gain} | {better} | {cost} |')
         text.append('')
     return '\n'.join(text).rstrip() + '\n'
 
@@ -216,10 +228,12 @@ def main(argv=None):
     done = pd.read_csv(results).to_dict('records') if results.exists() else []
     for seed in range(args.seeds):
         for labels in args.labels:
-            opts = dict(n_test=args.n_test, flip=args.images is not None) if args.images else dict(n_test=args.n_test or 400, flip=False)
+            n_test = args.n_test if args.images else args.n_test or 400
+            opts = dict(n_test=n_test, flip=args.images is not None)
             comparison = Comparison(files, labels, steps=args.steps, n_points=1, num_workers=args.workers, **opts)
             for method in args.only or METHODS:
-                if any((o['images'], o['labels'], o['steps'], o['method'], o['seed']) == (images, labels, comparison.steps, method, seed) for o in done):
+                key = [images, labels, comparison.steps, method, seed]
+                if any([o[k] for k in KEY] == key for o in done):
                     continue
                 row = run(comparison, images, method, seed)
                 with results.open('a', newline='') as f:
@@ -228,7 +242,8 @@ def main(argv=None):
                         w.writeheader()
                     w.writerow(row)
                 done.append(row)
-                print(f'{images}, {labels} labels, seed {seed}: {method} {100 * row["accuracy"]:.1f} %, {row["cpu_seconds"]:.0f} s', flush=True)
+                found = f'{100 * row["accuracy"]:.1f} %, {row["cpu_seconds"]:.0f} s'
+                print(f'{images}, {labels} labels, seed {seed}: {method} {found}', flush=True)
     text = table(pd.read_csv(results))
     (args.out / 'self_training.md').write_text(text)
     print(text)

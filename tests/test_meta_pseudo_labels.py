@@ -39,9 +39,11 @@ from fastai.vision.all import (
     set_seed,
 )
 
-from fixmatch_fastai.all import FixMatch, FixMatchTransform, ModelEMA, SaveFixMatch, weak_augment
-from fixmatch_fastai.callback import OneCallLoss
-from fixmatch_fastai.meta_pseudo_labels import MetaPseudoLabels
+from fixmatch_fastai.augment import FixMatchTransform, weak_augment
+from fixmatch_fastai.callback import FixMatch, OneCallLoss
+from fixmatch_fastai.checkpoint import SaveFixMatch
+from fixmatch_fastai.ema import ModelEMA
+from fixmatch_fastai.self_training import MetaPseudoLabels, meta_pseudo_labels
 
 sgd = partial(OptimWrapper, opt=torch.optim.SGD)
 EVENTS = [e for e in _events if e != 'after_create']
@@ -137,12 +139,14 @@ class Fixed(nn.Module):
 
 @pytest.mark.parametrize('label,sign', [(0, 1), (1, -1)], ids=['good name', 'bad name'])
 def test_sign(label, sign):
-    "A teacher that says 0, for labels 0 or 1: the student gets better or worse, and the name gets more or less likely. One step of 1 from logits (0, 0)"
+    """A teacher that says 0, for labels 0 or 1: the student gets better or worse, and the name more or less likely.
+    One step of 1 from logits (0, 0)"""
     x, y = torch.zeros(4, 1, 2, 2), torch.full((4,), label)
     teacher, student = Fixed([1e-4, 0.0]), Fixed([0.0, 0.0])
     loader = [(x, x)]
     mpl = MetaPseudoLabels(teacher, loader, lambda_u=0, lr=1.0)
-    learn = Learner(DataLoaders([(x, y)], [(x, y)]), student, lambda p, y: F.cross_entropy(p, y), opt_func=sgd, cbs=[mpl])
+    dls = DataLoaders([(x, y)], [(x, y)])
+    learn = Learner(dls, student, lambda p, y: F.cross_entropy(p, y), opt_func=sgd, cbs=[mpl])
     quiet_fit(learn, 1, 1.0, wd=0)
     assert student.w.tolist() == pytest.approx([0.5, -0.5])  # it learned the name 0: p - target = (-1/2, 1/2)
     new = torch.tensor([0.5, -0.5]).log_softmax(0)[label]
@@ -154,30 +158,17 @@ def test_sign(label, sign):
     assert teacher.w[0].item() == pytest.approx(own + signal.item() / 2, abs=2e-4)
 
 
-def test_baseline_is_taken_off():
-    "A constant improvement h: signals h, h(1-(1-d)), h·d², …"
-    mpl = MetaPseudoLabels(no_bn(), [], decay=0.5)
-    losses = iter([3.0, 2.0, 3.0, 2.0, 3.0, 2.0])
-    mpl._labeled_loss = lambda: torch.tensor(next(losses))
-    got = []
-    for _ in range(3):
-        mpl._lesson = True
-        mpl.before_step()
-        got.append(mpl._signal().item())
-    assert got == [1.0, 0.5, 0.25]
-
-
 @pytest.fixture
 def make_mpl(make_dls, pool, tmp_path):
     "A learner with Meta Pseudo Labels, three steps an epoch"
 
-    def make(model=None, teacher=None, dls=None, cbs=(), label_func=parent_label, loader=None, opts=None, num_workers=0, **kwargs):
+    def make(model=None, teacher=None, dls=None, cbs=(), label_func=parent_label, opts=None, num_workers=0, **kwargs):
         dls = make_dls() if dls is None else dls
         tfm = FixMatchTransform(weak=weak_augment(flip=False))
-        loader = dls.unlabeled_dl(pool, mu=2, tfm=tfm, label_func=label_func, num_workers=num_workers) if loader is None else loader
+        loader = dls.unlabeled_dl(pool, mu=2, tfm=tfm, label_func=label_func, num_workers=num_workers)
         set_seed(0)
         mpl = MetaPseudoLabels(teacher or tiny_net(), loader, **{'lambda_u': 1.0, **(opts or {})})
-        return Learner(dls, model or tiny_net(), **{'metrics': accuracy, 'path': tmp_path, 'cbs': [mpl, *L(cbs)], **kwargs})
+        return Learner(dls, model or tiny_net(), metrics=accuracy, path=tmp_path, cbs=[mpl, *L(cbs)], **kwargs)
 
     return make
 
@@ -194,11 +185,13 @@ def test_columns_come_and_go(make_mpl):
     learn = make_mpl()
     for _ in range(2):
         quiet_fit(learn, 2)
-        assert learn.recorder.metric_names == ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'teacher_loss', 'signal', 'pseudo_acc', 'time']
+        assert learn.recorder.metric_names[:4] == ['epoch', 'train_loss', 'valid_loss', 'accuracy']
+        assert learn.recorder.metric_names[4:] == ['teacher_loss', 'signal', 'pseudo_acc', 'time']
         assert [len(v) for v in learn.recorder.values] == [6, 6]
         assert len(learn.meta_pseudo_labels.history) == 6
     last = learn.meta_pseudo_labels.history[3:]
-    assert list(learn.recorder.values[-1][3:]) == pytest.approx([last.teacher_loss.mean(), last.signal.mean(), last.pseudo_acc.mean()])
+    means = last[['teacher_loss', 'signal', 'pseudo_acc']].mean().tolist()
+    assert list(learn.recorder.values[-1][3:]) == pytest.approx(means)
     assert len(learn.validate()) == 2
     learn = make_mpl(label_func=None)
     quiet_fit(learn, 1)
@@ -237,7 +230,7 @@ def usable(learn, item):
     quiet_fit(learn, 2)
     mpl = learn.meta_pseudo_labels
     assert len(mpl.history) == 6 and [len(v) for v in learn.recorder.values] == [6, 6]
-    assert mpl.stream is None and mpl._lesson is None and not multiprocessing.active_children()
+    assert mpl.stream is None and mpl.lesson is None and not multiprocessing.active_children()
     assert all(m.track_running_stats for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
@@ -271,8 +264,12 @@ def test_interrupt_within(make_mpl, pool, where):
     usable(learn, pool[0])
 
 
-@pytest.mark.parametrize('exc', [CancelBatchException, CancelTrainException, CancelStepException], ids=lambda o: o.__name__)
-@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_step', 'after_step', 'after_batch'])
+CANCEL = [CancelBatchException, CancelTrainException, CancelStepException]
+OF_A_BATCH = ['before_batch', 'after_pred', 'after_loss', 'before_step', 'after_step', 'after_batch']
+
+
+@pytest.mark.parametrize('exc', CANCEL, ids=lambda o: o.__name__)
+@pytest.mark.parametrize('event', OF_A_BATCH)
 def test_cancel(make_mpl, pool, event, exc):
     learn = make_mpl()
     learn.recorder.train_metrics = True
@@ -299,11 +296,13 @@ def test_lr_find_leaves_the_teacher_alone(make_mpl, pool):
     learn = make_mpl()
     mpl = learn.meta_pseudo_labels
     quiet_fit(learn, 1)
-    before, opt, baseline = snapshot(mpl.teacher), deepcopy(mpl._opt.state_dict()), mpl._baseline.clone()
+    before, kept = snapshot(mpl.teacher), deepcopy(mpl.state_dict())
     with learn.no_bar():
         learn.lr_find(num_it=6, show_plot=False)
-    assert not moved(mpl.teacher, before) and torch.equal(mpl._baseline, baseline)
-    assert [s['step'] for s in mpl._opt.state_dict()['state'] if s] == [s['step'] for s in opt['state'] if s]
+    now = mpl.state_dict()
+    assert not moved(mpl.teacher, before) and torch.equal(now['baseline'], kept['baseline'])
+    steps, kept_steps = ([s['step'] for s in o['opt']['state'] if s] for o in (now, kept))
+    assert steps == kept_steps
     with pytest.raises(KeyboardInterrupt):
         with learn.no_bar(), learn.added_cbs(Raise('after_batch', KeyboardInterrupt, 55)):
             learn.lr_find(num_it=6, show_plot=False)
@@ -319,7 +318,8 @@ def test_lr_find_before_training(make_mpl):
     before = snapshot(mpl.teacher)
     with learn.no_bar():
         learn.lr_find(num_it=6, show_plot=False)
-    assert not moved(mpl.teacher, before) and mpl._opt is None and mpl._baseline == 0
+    state = mpl.state_dict()
+    assert not moved(mpl.teacher, before) and state['opt'] is None and state['baseline'] == 0
 
 
 def test_loaded_learner_says_what_it_lacks(make_mpl, make_dls):
@@ -339,9 +339,12 @@ def test_state_dict_goes_on_elsewhere(make_mpl):
     quiet_fit(learn, 1)
     a, other = learn.meta_pseudo_labels, make_mpl().meta_pseudo_labels
     assert moved(other.teacher, snapshot(a.teacher))
-    other.load_state_dict(deepcopy(a.state_dict()))
-    assert not moved(other.teacher, snapshot(a.teacher)) and torch.equal(other._baseline, a._baseline) and a._baseline != 0
-    for s, t in zip(a._opt.state_dict()['state'], other._opt.state_dict()['state']):
+    mine = a.state_dict()
+    other.load_state_dict(deepcopy(mine))
+    theirs = other.state_dict()
+    assert not moved(other.teacher, snapshot(a.teacher))
+    assert torch.equal(theirs['baseline'], mine['baseline']) and mine['baseline'] != 0
+    for s, t in zip(mine['opt']['state'], theirs['opt']['state'], strict=True):
         assert torch.equal(s['grad_avg'], t['grad_avg']) and s.get('do_wd') == t.get('do_wd')
 
 
@@ -352,7 +355,8 @@ def test_student_does_not_learn_from_labels(make_mpl):
     out = []
     for data in (labeled, others):
         student, teacher = pair(tiny_net)
-        quiet_fit(Learner(DataLoaders(data, data), student, CrossEntropyLossFlat(), opt_func=sgd, cbs=MetaPseudoLabels(teacher, unlabeled)), 1, 0.1)
+        mpl = MetaPseudoLabels(teacher, unlabeled)
+        quiet_fit(Learner(DataLoaders(data, data), student, CrossEntropyLossFlat(), opt_func=sgd, cbs=mpl), 1, 0.1)
         out.append((snapshot(student), teacher))
     assert not moved(student, out[0][0])
     assert moved(out[0][1], snapshot(teacher))
@@ -366,10 +370,13 @@ class Hypers(Callback):
 
     def after_step(self):
         mpl = self.learn.meta_pseudo_labels
-        self.seen.append((dict(self.opt.hypers[-1]), mpl._opt.hypers[0].copy()))
+        self.seen.append((dict(self.opt.hypers[-1]), mpl.teacher_opt.hypers[0].copy()))
 
 
-@pytest.mark.parametrize('opt_func', [Adam, sgd, partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['Adam', 'torch SGD', 'torch AdamW'])
+ADAMW = partial(OptimWrapper, opt=torch.optim.AdamW)
+
+
+@pytest.mark.parametrize('opt_func', [Adam, sgd, ADAMW], ids=['Adam', 'torch SGD', 'torch AdamW'])
 def test_teacher_follows_the_schedule(make_mpl, opt_func):
     learn = make_mpl(cbs=[seen := Hypers()], opt_func=opt_func)
     quiet_fit(learn, 1, 1e-2, method='fit_one_cycle', wd=0.3)
@@ -385,14 +392,14 @@ def test_own_lr_wd_and_optimizer(make_mpl):
     quiet_fit(learn, 2, 1e-2, method='fit_one_cycle')
     assert [t['lr'] for _, t in seen.seen] == pytest.approx([1 - k / 6 for k in range(6)])
     assert all(t['wd'] == 0.7 for _, t in seen.seen)
-    assert isinstance(learn.meta_pseudo_labels._opt, OptimWrapper) and not isinstance(learn.opt, OptimWrapper)
+    assert isinstance(learn.meta_pseudo_labels.teacher_opt, OptimWrapper) and not isinstance(learn.opt, OptimWrapper)
 
 
 def test_weight_decay_spares_norm_and_bias(make_mpl):
     learn = make_mpl()
     quiet_fit(learn, 1)
-    teacher = learn.meta_pseudo_labels.teacher
-    spared = [n for n, p in teacher.named_parameters() if learn.meta_pseudo_labels._opt.state[p].get('do_wd') is False]
+    teacher, state = learn.meta_pseudo_labels.teacher, learn.meta_pseudo_labels.teacher_opt.state
+    spared = [n for n, p in teacher.named_parameters() if state[p].get('do_wd') is False]
     assert spared == ['0.1.weight', '0.1.bias', '3.bias']
 
 
@@ -402,19 +409,22 @@ def test_lambda_u_may_be_a_schedule():
     for lambda_u in (SchedLin(0, 4), 0, 4):
         student, teacher = pair(no_bn)
         mpl = MetaPseudoLabels(teacher, unlabeled, lambda_u=lambda_u, threshold=0, lr=0.0)
-        quiet_fit(Learner(DataLoaders(labeled, labeled[:1]), student, CrossEntropyLossFlat(), opt_func=sgd, cbs=mpl), 1, 0.0, wd=0)
+        dls = DataLoaders(labeled, labeled[:1])
+        quiet_fit(Learner(dls, student, CrossEntropyLossFlat(), opt_func=sgd, cbs=mpl), 1, 0.0, wd=0)
         losses.append(mpl.history.teacher_loss)
-    assert losses[0].tolist() == pytest.approx([(1 - k / 4) * losses[1][k] + k / 4 * losses[2][k] for k in range(4)], rel=1e-5)
+    between = [(1 - k / 4) * losses[1][k] + k / 4 * losses[2][k] for k in range(4)]
+    assert losses[0].tolist() == pytest.approx(between, rel=1e-5)
 
 
 def test_gradient_clip_holds_both(make_mpl):
     "With SGD of rate 1 the norm of a step is that of its clipped gradient"
     learn = make_mpl(model=no_bn(), teacher=no_bn(), cbs=GradientClip(1e-3), opt_func=sgd, opts=dict(lambda_u=8))
-    before = [torch.nn.utils.parameters_to_vector(m.parameters()).clone() for m in (learn.model, learn.meta_pseudo_labels.teacher)]
+    models = learn.model, learn.meta_pseudo_labels.teacher
+    weights = lambda: [torch.nn.utils.parameters_to_vector(m.parameters()).detach().clone() for m in models]
+    before = weights()
     quiet_fit(learn, 1, 1.0, wd=0, cbs=Raise('after_batch', CancelTrainException, 55))
-    for m, old in zip((learn.model, learn.meta_pseudo_labels.teacher), before):
-        norm = (torch.nn.utils.parameters_to_vector(m.parameters()) - old).norm()
-        assert 0 < norm <= 2.01e-3
+    for old, new in zip(before, weights(), strict=True):
+        assert 0 < (new - old).norm() <= 2.01e-3
 
 
 class Half(nn.Module):
@@ -427,19 +437,21 @@ class Half(nn.Module):
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_is_decided_in_float32(dtype):
+def test_losses_of_half_precision_are_float32(dtype):
+    "Those of the logits as float32, which have seven digits where half precision has two or three"
     labeled, unlabeled = batches((5,), (8,))
-    seen = []
-
-    class Spy(MetaPseudoLabels):
-        def _teach(self, *args):
-            lesson = super()._teach(*args)
-            seen.extend([lesson.loss.dtype, lesson.named.dtype])
-            return lesson
-
-    mpl = Spy(Half(dtype), unlabeled)
-    quiet_fit(Learner(DataLoaders(labeled, labeled), Half(dtype), CrossEntropyLossFlat(), cbs=mpl), 1)
-    assert seen == [torch.float32] * 2 and mpl.history.notna().all()[['teacher_loss', 'signal']].all()
+    set_seed(2)
+    student, teacher = Half(dtype), Half(dtype)
+    x, y, strong = *labeled[0], unlabeled[0][1]
+    with torch.no_grad():
+        logits, logits_x, names = teacher(strong).float(), teacher(x).float(), teacher(strong).argmax(1)
+        student_loss = F.cross_entropy(student(strong).float(), names).item()
+    mpl = MetaPseudoLabels(teacher, unlabeled, lambda_u=0)
+    quiet_fit(Learner(DataLoaders(labeled, labeled), student, CrossEntropyLossFlat(), cbs=mpl), 1)
+    step = mpl.history.iloc[0]
+    assert step.student_loss == pytest.approx(student_loss, rel=1e-5)
+    expected = F.cross_entropy(logits_x, y) + step.signal * F.cross_entropy(logits, names)
+    assert step.teacher_loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 class Autocast(Callback):
@@ -458,23 +470,23 @@ class Autocast(Callback):
         self.cast.__exit__(None, None, None)
 
 
-def test_teacher_has_a_scaler_in_float16():
+def test_teacher_has_a_scaler_in_float16(monkeypatch):
     "Its first scale, 65536, is too much for some step or other, which is left out; in the end it has learned"
     labeled, unlabeled = batches((5,) * 6, (8,) * 6)
     student, teacher = pair(no_bn)
     before = snapshot(teacher)
-    mpl = MetaPseudoLabels(teacher, unlabeled)
-    scales = []
+    scalers = []
 
-    class Look(Callback):
-        order = 100
+    class Scaler(torch.amp.GradScaler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            scalers.append(self)
 
-        def after_step(self):
-            scales.append(mpl._scaler.get_scale())
-
-    quiet_fit(Learner(DataLoaders(labeled, labeled[:1]), student, CrossEntropyLossFlat(), cbs=[mpl, Autocast(torch.float16), Look()]), 1)
-    assert len(scales) == 6 and scales[0] > 1 and moved(teacher, before)
-    assert all(p.isfinite().all() for p in teacher.parameters())
+    monkeypatch.setattr(meta_pseudo_labels, 'GradScaler', Scaler)
+    dls, cbs = DataLoaders(labeled, labeled[:1]), [MetaPseudoLabels(teacher, unlabeled), Autocast(torch.float16)]
+    quiet_fit(Learner(dls, student, CrossEntropyLossFlat(), cbs=cbs), 1)
+    assert [o.is_enabled() for o in scalers] == [True] and scalers[0].get_scale() > 1
+    assert moved(teacher, before) and all(p.isfinite().all() for p in teacher.parameters())
 
 
 def test_goes_with_the_average(make_mpl, pool):
@@ -527,48 +539,64 @@ def test_resumes_with_its_teacher(make_mpl):
         order = 100
 
         def after_epoch(self):
-            seen.append((snapshot(mpl.teacher), mpl._baseline.clone(), mpl._opt.state_dict()['state'][0]['step']))
+            seen.append(deepcopy(self.learn.meta_pseudo_labels.state_dict()))
 
         def before_batch(self):
             if self.training and self.iter == 0:
-                seen.append((snapshot(mpl.teacher), mpl._baseline.clone(), None if mpl._opt is None else mpl._opt.state_dict()['state'][0].get('step')))
+                seen.append(deepcopy(self.learn.meta_pseudo_labels.state_dict()))
 
-    mpl = learn.meta_pseudo_labels
+    def n_steps(state):
+        return state['opt']['state'][0].get('step')
+
     with pytest.raises(KeyboardInterrupt):
         quiet_fit(learn, 2, cbs=[SaveFixMatch(), Look(), Raise('before_epoch', KeyboardInterrupt, 200)])
     saved = seen[-1]
     learn = make_mpl()
-    mpl = learn.meta_pseudo_labels
-    assert moved(mpl.teacher, saved[0])
+    assert moved(learn.meta_pseudo_labels.teacher, saved['teacher'])
     seen.clear()
     quiet_fit(learn, 2, cbs=[SaveFixMatch(resume=True), Look()])
     at_start = seen[0]
-    assert all(torch.equal(a, b) for a, b in zip(at_start[0].values(), saved[0].values()))
-    assert torch.equal(at_start[1], saved[1]) and at_start[1] != 0 and at_start[2] == saved[2] == 3
-    assert seen[-1][2] == 6
+    assert all(torch.equal(a, b) for a, b in zip(at_start['teacher'].values(), saved['teacher'].values(), strict=True))
+    assert torch.equal(at_start['baseline'], saved['baseline']) and at_start['baseline'] != 0
+    assert n_steps(at_start) == n_steps(saved) == 3 and n_steps(seen[-1]) == 6
 
 
-def test_trial_is_without_chance_and_leaves_no_trace():
-    labeled, unlabeled = batches((6,), (8,))
-    student = nn.Sequential(tiny_net(), nn.Dropout(0.5))
+def test_trial_is_without_chance():
+    "Where the student stands still nothing has become better: neither dropout nor BatchNorm's statistics differ"
+    labeled, unlabeled = batches((6, 5), (8, 8))
     mpl = MetaPseudoLabels(tiny_net(), unlabeled)
-    learn = Learner(DataLoaders(labeled, labeled), student, CrossEntropyLossFlat(), cbs=mpl)
-    mpl._lesson = type('Lesson', (), dict(x=labeled[0][0], y=labeled[0][1]))
-    student.train()
-    student[0][0][1].eval()  # frozen
-    before = snapshot(student)
-    a, b = mpl._labeled_loss(), mpl._labeled_loss()
-    assert a == b and not a.requires_grad and not moved(student, before)
+    student = nn.Sequential(tiny_net(), nn.Dropout(0.5))
+    dls = DataLoaders(labeled, labeled[:1])
+    quiet_fit(Learner(dls, student, CrossEntropyLossFlat(), opt_func=sgd, cbs=mpl), 1, 0.0, wd=0)
+    assert mpl.history.signal.tolist() == [0, 0]
+    assert all(m.training and getattr(m, 'track_running_stats', True) for m in student.modules())
+
+
+class FreezeNorm(Callback):
+    order = 100
+
+    def before_batch(self):
+        for m in self.model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.eval()
+
+
+def test_frozen_batch_norm_is_tried_with_its_statistics():
+    labeled, unlabeled = batches((6,), (8,))
+    student, teacher = pair(tiny_net)
+    before = deepcopy(student).eval()
+    mpl = MetaPseudoLabels(teacher, unlabeled)
+    dls = DataLoaders(labeled, labeled)
+    quiet_fit(Learner(dls, student, CrossEntropyLossFlat(), opt_func=sgd, cbs=[mpl, FreezeNorm()]), 1, 0.1, wd=0)
+    (x, y), after = labeled[0], deepcopy(student).eval()
     with torch.no_grad():
-        frozen = F.cross_entropy(student[0](labeled[0][0]), labeled[0][1])
-    assert a.item() == pytest.approx(frozen.item(), rel=1e-5)
-    assert student[1].training and not student[0][0][1].training and learn.model is student
-    student[0][0][1].train()
-    c = mpl._labeled_loss()
-    assert not moved(student, before) and c.item() == pytest.approx(batch_loss(student[0], *labeled[0]).item(), rel=1e-5) and c != a
+        improvement = F.cross_entropy(before(x), y) - F.cross_entropy(after(x), y)
+    assert mpl.history.signal[0] == pytest.approx(improvement.item(), abs=1e-6) != 0
+    for name, value in before.named_buffers():
+        assert torch.equal(value, after.get_buffer(name)), name
 
 
-def test_refuses_several_processes(make_mpl, monkeypatch):
+def test_refuses_more_than_one_process(make_mpl, monkeypatch):
     learn = make_mpl()
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
     monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: 2)
@@ -636,22 +664,26 @@ def test_refuses_settings(make_mpl, make_dls):
 )
 def test_refuses_outputs(model, teacher, match):
     x, y = torch.randn(4, 1, 16, 16), torch.zeros(4, dtype=torch.long)
-    u = torch.randn(8, 1, 16, 16)
-    refused(Learner(DataLoaders([(x, y)], [(x, y)]), model, CrossEntropyLossFlat(), cbs=MetaPseudoLabels(teacher, [(u, u)])), match)
+    u, dls = torch.randn(8, 1, 16, 16), DataLoaders([(x, y)], [(x, y)])
+    refused(Learner(dls, model, CrossEntropyLossFlat(), cbs=MetaPseudoLabels(teacher, [(u, u)])), match)
+
+
+IMAGES, CLASSES = torch.randn(4, 1, 16, 16), torch.zeros(4, dtype=torch.long)
 
 
 @pytest.mark.parametrize(
-    'x,y,u,match',
+    'x,y,side,match',
     [
-        (torch.randn(4, 1, 16, 16), torch.zeros(4, 10), torch.randn(8, 1, 16, 16), 'one class number for each image'),
-        (torch.randn(4, 1, 16, 16), torch.zeros(4), torch.randn(8, 1, 16, 16), 'one class number for each image'),
-        (torch.zeros(4, 1, 16, 16, dtype=torch.uint8), torch.zeros(4, dtype=torch.long), torch.randn(8, 1, 16, 16), 'must be float tensors'),
-        (torch.randn(4, 1, 16, 16), torch.zeros(4, dtype=torch.long), torch.randn(8, 1, 12, 12), 'A view is'),
+        (IMAGES, torch.zeros(4, 10), 16, 'one class number for each image'),
+        (IMAGES, torch.zeros(4), 16, 'one class number for each image'),
+        (IMAGES.to(torch.uint8), CLASSES, 16, 'must be float tensors'),
+        (IMAGES, CLASSES, 12, 'A view is'),
     ],
     ids=['multi-label', 'regression', 'uint8', 'size'],
 )
-def test_refuses_batches(x, y, u, match):
-    refused(Learner(DataLoaders([(x, y)], [(x, y)]), tiny_net(), CrossEntropyLossFlat(), cbs=MetaPseudoLabels(tiny_net(), [(u, u)])), match)
+def test_refuses_batches(x, y, side, match):
+    u, dls = torch.randn(8, 1, side, side), DataLoaders([(x, y)], [(x, y)])
+    refused(Learner(dls, tiny_net(), CrossEntropyLossFlat(), cbs=MetaPseudoLabels(tiny_net(), [(u, u)])), match)
 
 
 @pytest.mark.parametrize(
