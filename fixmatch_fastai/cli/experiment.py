@@ -5,29 +5,32 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../../nbs/cli/06_experiment.ipynb #4b1aec39
+# %% ../../nbs/cli/06_experiment.ipynb #976adc02
 import argparse,os
+from pathlib import Path
 
 from ..console import CommandError, to_stderr, warnings_as_notes
 from ..experiment.config import config_yaml, help_table, read_config, resolved
 
-# %% ../../nbs/cli/06_experiment.ipynb #a65413e0
+# %% ../../nbs/cli/06_experiment.ipynb #a4c381c1
 def _parser():
     p = argparse.ArgumentParser('fixmatch_experiment', usage='%(prog)s [--config FILE] [--print] [name=value ...]',
-                                description='Train a configured experiment, one seed after another. Ctrl-C leaves it to '
-                                            'go on from with the same command.', add_help=False)
+                                add_help=False, description='Train a configured experiment, one seed after another. '
+                                'Ctrl-C leaves it to go on from with the same command.')
     p.add_argument('overrides', nargs='*', metavar='name=value', help=argparse.SUPPRESS)
     p.add_argument('-h', '--help', action='store_true', help='this, with every value there is')
     p.add_argument('--config', metavar='FILE', help='a YAML file of values; those on the command line come after it')
-    p.add_argument('--print', action='store_true', help='print the configuration that the rest amounts to, and do nothing')
+    p.add_argument('--print', action='store_true',
+                   help='print the configuration that the rest amounts to, and do nothing')
     return p
 
 def _train(config):
     from fixmatch_fastai.experiment.run import describe_results, run_seeds
     results = run_seeds(config)
-    print(f'\n{describe_results(results)}\n\nWritten to {config.out}/{config.name}: results.csv, and a folder for each seed')
+    print(f'\n{describe_results(results)}\n')
+    print(f'Written to {Path(config.out)/config.name}: results.csv, and a folder for each seed')
 
-# %% ../../nbs/cli/06_experiment.ipynb #c0e70c24
+# %% ../../nbs/cli/06_experiment.ipynb #dea65076
 def main(
     argv=None # Arguments as text; default: the command line's
 )->int: # Exit code: 0, 2 for a mistake in the arguments, 130 after Ctrl-C
@@ -48,5 +51,6 @@ def main(
         to_stderr(f'fixmatch_experiment: {e}')
         return 2
     except KeyboardInterrupt:
-        to_stderr('\nfixmatch_experiment: stopped. Finished evaluations are saved: the same command goes on from the last one.')
+        to_stderr('\nfixmatch_experiment: stopped. Finished evaluations are saved: '
+                  'the same command goes on from the last one.')
         return 130

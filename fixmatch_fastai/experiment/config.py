@@ -45,7 +45,7 @@ class ViewsConfig:
     device:bool=False    # make views on the GPU, a batch at a time: suits a GPU beside few cores
     cache:bool=False     # keep the images of a folder in memory, opened and resized
 
-# %% ../../nbs/experiment/00_config.ipynb #0f20b208
+# %% ../../nbs/experiment/00_config.ipynb #6f000585
 named_datasets = ('cifar10','cifar100','svhn','stl10','digits')
 
 @dataclass
@@ -91,7 +91,8 @@ class ExperimentConfig:
     name:str|None=None      # folder in out, and experiment in MLflow; left out: made of data, n_labels and policy
     out:str='experiments'   # folder to write to
     root:str|None=None      # folder of the data sets; left out: fastai's
-    # none, or some of mlflow, tensorboard and wandb, as track=mlflow,tensorboard; tables and pictures are written anyhow
+    # none, or some of mlflow, tensorboard and wandb, as track=mlflow,tensorboard; tables and pictures are written
+    # anyhow
     track:str='none'
     # steps from one that MLflow is told of to the next; left out: 1, or more so that it gets 100,000 at most
     log_every:int|None=None
@@ -132,7 +133,9 @@ def help_table(
         rows += [f'{name:<17} {in_words(defaults[name]):<10}  {first}', *(' '*30+o for o in rest)]
     return '\n'.join(rows)
 
-# %% ../../nbs/experiment/00_config.ipynb #3978ec53
+# %% ../../nbs/experiment/00_config.ipynb #0466a0b8
+def _first_line(e): return next(iter(str(e).splitlines()), type(e).__name__) # the one of core would load torch
+
 def _unknown_key(name, values):
     "The sentence for a key that is not known"
     known,inner = flat_values(ExperimentConfig()),values.get(name)
@@ -151,14 +154,14 @@ def _refused(e, values):
             return f"{name} is a group of values: set one of {', '.join(f'{name}.{k}' for k in vars(o))}."
     name = getattr(e, 'full_key', None) or next(iter(values), '')
     if isinstance(e, ConfigKeyError): return _unknown_key(name, values)
-    return f"{name} can't have this value: {next(iter(str(e).splitlines()), type(e).__name__)}."
+    return f"{name} can't have this value: {_first_line(e)}."
 
-# %% ../../nbs/experiment/00_config.ipynb #594c8ab4
+# %% ../../nbs/experiment/00_config.ipynb #74f27732
 def _merged(conf, given, where=''):
     "`conf` with what is `given`; a `CommandError` where that does not fit"
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    try: 
+    try:
         conf = OmegaConf.merge(conf, given)
         OmegaConf.to_object(conf)
         return conf
@@ -170,12 +173,12 @@ def _read_yaml(file):
     if not Path(file).is_file(): raise CommandError(f"--config {file} is not there: give a YAML file.")
     try: conf = OmegaConf.load(file)
     except Exception as e: # of many kinds, from files and YAML
-        raise CommandError(f"--config {file} can't be read as YAML ({type(e).__name__}: {next(iter(str(e).splitlines()), '')}): "
-                           "mend it, `fixmatch_experiment --print` shows how one looks.") from e
+        raise CommandError(f"--config {file} can't be read as YAML ({type(e).__name__}: {_first_line(e)}): mend it, "
+                           "`fixmatch_experiment --print` shows how one looks.") from e
     if OmegaConf.is_dict(conf): return conf
     raise CommandError(f"--config {file} must hold names and values, as `fixmatch_experiment --print` shows them.")
 
-# %% ../../nbs/experiment/00_config.ipynb #3ec990e3
+# %% ../../nbs/experiment/00_config.ipynb #6c7e7bb3
 def read_config(
     overrides=(), # Of the form `name=value`, with dots for what is inside a group
     file=None     # YAML file of values, which `overrides` replace
@@ -185,10 +188,10 @@ def read_config(
     conf = OmegaConf.structured(ExperimentConfig)
     if file is not None: conf = _merged(conf, _read_yaml(file), f'--config {file}: ')
     for o in overrides:
-        name,_,value = o.partition('=')
+        name,_,_ = o.partition('=')
         if not name or '=' not in o: raise CommandError(f"{o} is no setting: write name=value, as n_labels=40.")
         try: given = OmegaConf.from_dotlist([o])
-        except Exception as e: raise CommandError(f"{name} can't have this value: {value} can't be read as YAML.") from e
+        except Exception as e: raise CommandError(f"{name} can't have this value: {_first_line(e)}.") from e # of YAML
         conf = _merged(conf, given)
     return OmegaConf.to_object(conf)
 
@@ -219,7 +222,9 @@ def _check_values(values):
             if values[k] is not None and not fits(values[k]):
                 raise CommandError(f"{k} must be {words}, but is {values[k]}.")
 
-# %% ../../nbs/experiment/00_config.ipynb #54a43358
+# %% ../../nbs/experiment/00_config.ipynb #68976e00
+_trackers = ('mlflow','tensorboard','wandb')
+
 def trackers(
     config:ExperimentConfig
 )->list: # Some of mlflow, tensorboard, wandb
@@ -228,9 +233,10 @@ def trackers(
     names = [o.strip() for o in config.track.split(',')]
     for o in names:
         if o == 'none': raise CommandError("track is none, or some of mlflow, tensorboard and wandb: leave one out.")
-        if o not in ('mlflow','tensorboard','wandb'): raise unknown_name('track', o, ['none','mlflow','tensorboard','wandb'])
+        if o not in _trackers: raise unknown_name('track', o, ['none',*_trackers])
         if importlib.util.find_spec(o) is None:
-            raise CommandError(f"track={o} needs the package {o}, which is not installed: `pip install {o}`, or leave it out.")
+            raise CommandError(f"track={o} needs the package {o}, which is not installed: `pip install {o}`, "
+                               "or leave it out.")
     return names
 
 def _check_device(device, precision):
@@ -259,7 +265,7 @@ def _name(c):
     data = c.data if c.data in named_datasets else Path(c.data).resolve().name
     return f'{data}_{c.n_labels}_{c.policy}'
 
-# %% ../../nbs/experiment/00_config.ipynb #1e92ee8d
+# %% ../../nbs/experiment/00_config.ipynb #ca9a24ca
 def _fill(c):
     "Put in what was left out"
     from fastai.torch_core import default_device
@@ -287,7 +293,7 @@ def resolved(
     c = deepcopy(config)
     c.eval_every = c.eval_every or _eval_every(c.steps)
     if c.steps%c.eval_every:
-        raise CommandError(f"steps must be a multiple of eval_every, but {c.steps} is none of {c.eval_every}: leave eval_every "
-                           f"out, or use {max(1, c.steps//c.eval_every)*c.eval_every} steps.")
+        raise CommandError(f"steps must be a multiple of eval_every, but {c.steps} is none of {c.eval_every}: "
+                           f"leave eval_every out, or use {max(1, c.steps//c.eval_every)*c.eval_every} steps.")
     _fill(c)
     return c

@@ -6,7 +6,7 @@
 __all__ = ['ArrayImages', 'array_paths', 'Images', 'class_files', 'check_readable', 'channel_stats', 'load_images',
            'make_dataloaders']
 
-# %% ../../nbs/experiment/03_datasets.ipynb #129c52a7
+# %% ../../nbs/experiment/03_datasets.ipynb #6ab1677a
 import random
 from multiprocessing import context
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.transforms import IndexSplitter, IntToFloatTensor, Normalize, get_image_files, parent_label
-from fastai.torch_basics import L, Transform, set_seed
+from fastai.torch_basics import L, Transform, groupby, set_seed
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW
 from PIL import Image
@@ -82,14 +82,14 @@ class Images(NamedTuple):
         try: return split_labeled(self.train, parent_label, n_labels, seed)[0],pool
         except ValueError as e: raise CommandError(f"n_labels: {e}") from e
 
-# %% ../../nbs/experiment/03_datasets.ipynb #0acfdfef
+# %% ../../nbs/experiment/03_datasets.ipynb #c0d9c1a6
 _stats = dict(cifar10=((0.4914,0.4822,0.4465), (0.2470,0.2435,0.2616)),
               cifar100=((0.5071,0.4865,0.4409), (0.2673,0.2564,0.2762)),
               svhn=((0.4377,0.4438,0.4728), (0.1980,0.2010,0.1970)),
               stl10=((0.4467,0.4398,0.4066), (0.2603,0.2566,0.2713)))
 
 def _arrays(name, root):
-    "The splits of a data set of torchvision's: `{split: (images (N, H, W, 3), classes (N,))}`, and the names of the classes"
+    "A data set of torchvision's as `{split: (images (N, H, W, 3), classes (N,))}`, and the names of the classes"
     from torchvision import datasets
     cls = getattr(datasets, name.upper())
     if name.startswith('cifar'):
@@ -148,7 +148,7 @@ def check_readable(
             raise CommandError(f"The labelled image {o} can't be opened ({type(e).__name__}): mend it, "
                                "or take it out of its folder.") from e
 
-# %% ../../nbs/experiment/03_datasets.ipynb #cbf8ba1a
+# %% ../../nbs/experiment/03_datasets.ipynb #3fafa18d
 def channel_stats(
     files,        # Images
     opener,       # Path to PIL image
@@ -156,40 +156,40 @@ def channel_stats(
     most:int=500  # Of more, these are evenly chosen
 )->tuple: # `(mean, std)`, a number for each channel
     "Mean and standard deviation of the channels"
-    n,total,squares,sizes = 0,0.,0.,set()
+    sizes,moments = set(),[]
     for img in map(opener, files[::max(1, len(files)//most)]):
         sizes.add(img.size)
         if size is not None: img = img.resize((size,size))
-        a = np.asarray(img, dtype=np.float64).reshape(img.size[0]*img.size[1], -1)/255
-        n,total,squares = n+len(a),total+a.sum(0),squares+(a**2).sum(0)
+        pixels = np.asarray(img, dtype=np.float64).reshape(img.size[0]*img.size[1], -1)/255
+        moments.append((pixels.mean(0), (pixels**2).mean(0)))
     if size is None and len(sizes) > 1:
         examples = ' and '.join(f'{w}×{h}' for w,h in sorted(sizes)[:2])
-        raise CommandError(f"The images of data are of several sizes, such as {examples}: give size, as size=64.")
-    mean = total/n
-    return tuple(mean.tolist()),tuple(np.sqrt(np.maximum(squares/n-mean**2, 1e-6)).tolist())
+        raise CommandError(f"The images of data are of different sizes, such as {examples}: give size, as size=64.")
+    mean,square = np.mean(moments, axis=0)
+    return tuple(mean.tolist()),tuple(np.sqrt(np.maximum(square-mean**2, 1e-6)).tolist())
 
-# %% ../../nbs/experiment/03_datasets.ipynb #92ad7b2b
+# %% ../../nbs/experiment/03_datasets.ipynb #2e0c6f85
 def _train_and_test(folder):
-    "Images by class; without `train/` and `test/`, a quarter of each class is kept to test on, the same for all seeds"
-    parts = {name: (folder/name).is_dir() for name in ('train','test')}
-    if all(parts.values()): return [class_files(folder/o, recurse=True) for o in parts]
-    if any(parts.values()):
-        there,missing = sorted(parts, key=parts.get, reverse=True)
-        raise CommandError(f"data {folder} has {there}/, but no {missing}/: give both, or a folder of class folders.")
-    files,rng = class_files(folder, recurse=True),random.Random(0)
-    test = {k: set(rng.sample(v, len(v)//4)) for k,v in files.items()}
-    return [{k: v.filter(lambda o: (o in test[k]) == tested) for k,v in files.items()} for tested in (False,True)]
+    "Images of both; of class folders alone, a quarter of each class is kept to test on, the same for all seeds"
+    there = [o for o in ('train','test') if (folder/o).is_dir()]
+    if len(there) == 1:
+        missing = 'test' if there == ['train'] else 'train'
+        raise CommandError(f"data {folder} has {there[0]}/, but no {missing}/: "
+                           "give both, or a folder of class folders.")
+    try: found = [L(class_files(folder/o, recurse=True).values()).concat() for o in there or ['']]
+    except CommandError: return L(),L()
+    if there: return found
+    rng,by_class = random.Random(0),groupby(found[0], parent_label)
+    test = {o for v in by_class.values() for o in rng.sample(v, len(v)//4)}
+    return found[0].filter(test.__contains__, negate=True),found[0].filter(test.__contains__)
 
 def _from_folder(folder, size):
-    try: by_class = _train_and_test(folder)
-    except CommandError as e:
-        if str(e).startswith('data'): raise
-        by_class = {},{}
-    train,test = (L(file for v in o.values() for file in v) for o in by_class)
-    if len(by_class[0]) < 2 or not test:
+    train,test = _train_and_test(folder)
+    classes,tested = ({parent_label(o) for o in files} for files in (train,test))
+    if len(classes) < 2 or not test:
         raise CommandError(f"data {folder} must hold folders of images for two classes or more, "
                            "or such folders in train/ and in test/.")
-    if unknown := set(by_class[1])-set(by_class[0]):
+    if unknown := tested-classes:
         raise CommandError(f"data {folder}: test/ has a class {min(unknown)!r} that train/ has not.")
     for files in (train,test): check_readable(files, size)
     with Image.open(train[0]) as img: grey = img.mode == 'L'
@@ -211,7 +211,7 @@ def load_images(
     if Path(config.data).is_dir(): return _from_folder(Path(config.data), config.size)
     raise unknown_name('data', config.data, list(named_datasets))
 
-# %% ../../nbs/experiment/03_datasets.ipynb #2feadb46
+# %% ../../nbs/experiment/03_datasets.ipynb #9464bdcf
 def _labeled_dls(c, images, labeled, weak):
     items = labeled+images.test
     block = DataBlock(blocks=(TransformBlock(type_tfms=images.opener, batch_tfms=IntToFloatTensor),
@@ -224,17 +224,17 @@ def _labeled_dls(c, images, labeled, weak):
     return dls.repeat_train(c.eval_every)
 
 def make_dataloaders(
-    config:ExperimentConfig, # A `resolved` one
+    c:ExperimentConfig, # A `resolved` one
     images:Images
 )->tuple: # `(dls, unlabeled_dl)`
     "Loaders of labelled and test images, and of the pool"
-    c = config
     labeled,pool = images.split(c.n_labels, c.seed)
     if not isinstance(images.opener, ArrayImages): check_readable(labeled, c.size) # before, some were drawn
     set_seed(c.seed)
     weak = weak_augment(flip=c.views.flip)
     dls = _labeled_dls(c, images, labeled, weak)
-    tfm = (FixMatchBatchTransform if c.views.device else FixMatchTransform)(weak=weak, strong=strong_augment(c.views.strong))
+    make_views = FixMatchBatchTransform if c.views.device else FixMatchTransform
+    tfm = make_views(weak=weak, strong=strong_augment(c.views.strong))
     try:
         return dls,dls.unlabeled_dl(pool, mu=c.mu, tfm=tfm, label_func=parent_label, cache=c.views.cache,
                                     num_workers=c.workers)

@@ -37,7 +37,7 @@ def without_formulas():
     try: yield
     finally: plt.rcParams['text.parse_math'] = before
 
-# %% ../../nbs/experiment/04_output.ipynb #bb6df439
+# %% ../../nbs/experiment/04_output.ipynb #a9760bb2
 class EpochTable(Callback):
     "Writes fastai's table to a file after each epoch; epochs are counted through all fits"
     order,run_valid = Recorder.order+2,False
@@ -50,7 +50,8 @@ class EpochTable(Callback):
 
     def before_fit(self):
         if not self.resume or self.rows or not self.file.exists(): return
-        with self.file.open(newline='', encoding='utf-8') as f: self.rows = {int(o['epoch']): o for o in csv.DictReader(f)}
+        with self.file.open(newline='', encoding='utf-8') as f:
+            self.rows = {int(o['epoch']): o for o in csv.DictReader(f)}
 
     def after_epoch(self):
         epoch = self.epochs_before+self.epoch

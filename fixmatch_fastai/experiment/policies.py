@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['named_policies', 'all_policies', 'make_policy']
 
-# %% ../../nbs/experiment/01_policies.ipynb #e31a39fa
+# %% ../../nbs/experiment/01_policies.ipynb #5ae8c1d6
 import difflib,inspect
 
 from ..console import CommandError, unknown_name
-from ..policy import (UDA, AdaMatch, AlignedLabels, Dash, DebiasMatch, FixedThreshold, FlexMatch, FreeMatch,
-                                    SoftMatch)
+from ..policy import (UDA, AdaMatch, AlignedLabels, Dash, DebiasMatch, FixedThreshold, FlexMatch,
+                                    FreeMatch, SoftMatch)
 from ..uncertainty import FeatureDensity, MCDropout, ScoreThreshold, entropy, mutual_info
 
 # %% ../../nbs/experiment/01_policies.ipynb #503962ff

@@ -43,10 +43,10 @@ from ..interpret import PseudoLabelInterpretation
 from ..recipe import SchedPartCos, nesterov_sgd
 from ..uncertainty import add_dropout, eval_logits
 
-# %% ../../nbs/experiment/06_run.ipynb #7b5a2d12
+# %% ../../nbs/experiment/06_run.ipynb #f75ed99a
 class RawAccuracy(Callback):
-    "Adds `raw_accuracy` to the columns of a fit: that of the weights before `ModelEMA` puts their average in their place"
-    # after Recorder (50) and SemiRecorder (50.5) wrote names and values, before TensorBoard (51) and what reads them later
+    "Adds a column `raw_accuracy`: that of the weights before `ModelEMA` puts their average in their place"
+    # after Recorder (50) and SemiRecorder (50.5), which write columns, and before TensorBoard (51), which reads them
     order,run_valid = Recorder.order+0.7,False
     _column,_accuracy = None,float('nan')
 
@@ -58,10 +58,10 @@ class RawAccuracy(Callback):
 
     def after_train(self):
         half = first(self.learn._grab_cbs(MixedPrecision))
-        autocast = {AMPMode.BF16: torch.bfloat16, AMPMode.FP16: torch.float16}[half.amp_mode] if half is not None else None
+        dtype = {AMPMode.BF16: torch.bfloat16, AMPMode.FP16: torch.float16}.get(getattr(half, 'amp_mode', None))
         right = n = 0
         for x,y in self.learn.dls.valid:
-            logits = eval_logits(self.learn.model, x.as_subclass(torch.Tensor), autocast if x.is_cuda else None)
+            logits = eval_logits(self.learn.model, x.as_subclass(torch.Tensor), dtype if x.is_cuda else None)
             right,n = right + (logits.argmax(1) == y).sum(),n+len(y)
         self._accuracy = float(right)/n if n else float('nan')
 
@@ -71,7 +71,7 @@ class RawAccuracy(Callback):
         missing = self._column-len(log) # where training or validation was cut short
         self.learn.recorder.log += [float('nan')]*missing + [self._accuracy]
 
-# %% ../../nbs/experiment/06_run.ipynb #be0cb60a
+# %% ../../nbs/experiment/06_run.ipynb #52b158fa
 def _model(c, images, dls):
     size = dls.valid_ds[0][0].size[0] if c.size is None else c.size
     net = make_network(c.network, 1 if images.grey else 3, dls.c, size, c.pretrained)
@@ -95,8 +95,8 @@ def get_learner(
     images = load_images(c) if images is None else images
     dls,unlabeled_dl = make_dataloaders(c, images)
     set_seed(c.seed)
-    adam,sgd = partial(Adam, wd=c.optimizer.wd),partial(nesterov_sgd, mom=c.optimizer.mom, wd=c.optimizer.wd)
-    learn = Learner(dls, _model(c, images, dls), lr=c.optimizer.lr, opt_func=sgd if c.optimizer.name == 'nesterov' else adam,
+    opt_func = partial(nesterov_sgd, mom=c.optimizer.mom) if c.optimizer.name == 'nesterov' else Adam
+    learn = Learner(dls, _model(c, images, dls), opt_func=partial(opt_func, wd=c.optimizer.wd), lr=c.optimizer.lr,
                     metrics=accuracy, path=path, cbs=_callbacks(c, unlabeled_dl))
     learn.pool = unlabeled_dl
     return learn
@@ -172,15 +172,15 @@ def fit(self:Run):
             raise CommandError(str(e).split('\n\t')[-1].strip().replace('another `fname`', 'another name')) from e
     return self
 
-# %% ../../nbs/experiment/06_run.ipynb #a667dad7
+# %% ../../nbs/experiment/06_run.ipynb #c56e52fe
 def _seconds(time):
     "Of fastai's column `time`"
     return sum(int(o)*60**i for i,o in enumerate(reversed(str(time).split(':'))))
 
 @patch
 def result(self:Run)->dict:
-    """The run in one row: `accuracy` is that of the averaged weights at the last step, `median_20` the median of the last
-    20 evaluations, if there were as many, as the paper reports it"""
+    """The run in one row. `accuracy` is that of the averaged weights at the last step; `median_20`, which the paper
+    reports, is the median of the last 20 evaluations, if there were as many"""
     c,h = self.config,self.history
     last,accuracies = h.iloc[-1],h.accuracy.astype(float).tail(20)
     row = {k: getattr(c, k) for k in ('data','n_labels','policy','network','steps','seed')}
@@ -215,7 +215,7 @@ def save(self:Run)->dict: # `result`
     save_text(json.dumps(row, indent=1), folder/'result.json') # last, as it says that all is done
     return row
 
-# %% ../../nbs/experiment/06_run.ipynb #aaf80fbb
+# %% ../../nbs/experiment/06_run.ipynb #01e58705
 _may_differ = ('out','root','seed','seeds','workers','device','views.cache','log_every','track')
 
 def _check_same(c):
@@ -227,8 +227,8 @@ def _check_same(c):
     for o in (there,own):
         if o['data'] not in named_datasets: o['data'] = str(Path(o['data']).resolve())
     if differ := [k for k in own if k not in _may_differ and there[k] != own[k]]:
-        k = differ[0]
-        raise CommandError(f"{folder} holds a run with another {k} ({in_words(there[k])} there, {in_words(own[k])} here): "
+        k,(theirs,ours) = differ[0],(in_words(o[differ[0]]) for o in (there,own))
+        raise CommandError(f"{folder} holds a run with another {k} ({theirs} there, {ours} here): "
                            "give another name, or delete it.")
 
 def is_finished(c): return (run_folder(c)/'result.json').exists()
@@ -243,7 +243,7 @@ def run(
     if is_finished(c): return json.loads((run_folder(c)/'result.json').read_text(encoding='utf-8'))
     return Run(c, images).fit().save()
 
-# %% ../../nbs/experiment/06_run.ipynb #41d7b109
+# %% ../../nbs/experiment/06_run.ipynb #0d324771
 def read_results(
     folder # `out/name`
 )->pd.DataFrame: # A row for each finished run
@@ -257,7 +257,8 @@ def describe_results(
     "Mean and standard deviation over the seeds"
     n,o = len(results),results.iloc[0]
     seeds,deviation = (f'{n} seeds',', mean ± standard deviation') if n > 1 else ('1 seed','')
-    lines = [f'{o.data}, {o.n_labels} labels, {o.policy}, {o.network}, {o.steps:,} steps; {seeds}, {o.n_test:,} test images{deviation}']
+    lines = [f'{o.data}, {o.n_labels} labels, {o.policy}, {o.network}, {o.steps:,} steps; '
+             f'{seeds}, {o.n_test:,} test images{deviation}']
     rows = dict(accuracy='averaged weights, last step', median_20='averaged weights, median of the last 20 evaluations',
                 raw_accuracy='raw weights, last step')
     for k,text in rows.items():

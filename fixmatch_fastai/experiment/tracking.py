@@ -5,44 +5,60 @@
 # %% auto #0
 __all__ = ['MLflowCallback']
 
-# %% ../../nbs/experiment/05_tracking.ipynb #2380d981
-import atexit,logging,math,os,re,sys,time,warnings
+# %% ../../nbs/experiment/05_tracking.ipynb #e309b1ff
+import atexit,importlib.util,logging,math,os,re,sys,time,warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
 from fastai.callback.core import Callback
 from fastai.torch_basics import first, get_model, patch, rank_distrib, store_attr
 
 from .. import __version__
 from ..callback import FixMatch
-from ..core import first_line
+from ..core import first_line, len_of
 from ..ema import ModelEMA
 
-# %% ../../nbs/experiment/05_tracking.ipynb #6010ad2d
-def _mlflow():
-    try: import mlflow
-    except ImportError as e:
-        raise ImportError("MLflowCallback needs MLflow: `pip install mlflow`, or `pip install fixmatch_fastai[mlflow]`.") from e
-    return mlflow
+# %% ../../nbs/experiment/05_tracking.ipynb #9fcbaf2d
+_limits = {'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '1', 'MLFLOW_HTTP_REQUEST_TIMEOUT': '20'}
 
 @contextmanager
 def _brief_requests():
-    "MLflow gives up soon, and does not describe how it makes a database"
-    limits = {'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '1', 'MLFLOW_HTTP_REQUEST_TIMEOUT': '20'}
-    limits = {k: v for k,v in limits.items() if k not in os.environ}
-    os.environ.update(limits)
-    disabled = logging.root.manager.disable
-    logging.disable(max(disabled, logging.INFO))
+    "MLflow gives up soon, and is silent about how it makes a database"
+    added = {k: v for k,v in _limits.items() if k not in os.environ}
+    os.environ.update(added)
+    logging.disable(logging.INFO)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
+        with warnings.catch_warnings(record=True): yield
     finally:
-        logging.disable(disabled)
-        for k in limits: os.environ.pop(k, None)
+        logging.disable(logging.NOTSET)
+        for k in added: del os.environ[k]
 
-# %% ../../nbs/experiment/05_tracking.ipynb #a4e77d95
+# %% ../../nbs/experiment/05_tracking.ipynb #9e4b1542
+def _name(o): return getattr(o, '__name__', type(o).__name__)
+
+def _learner_params(learn):
+    train,hypers,net = learn.dls.train,learn.opt.hypers[-1],get_model(learn.model)
+    params = dict(epochs=learn.n_epoch, steps=learn.n_epoch*len(train), bs=getattr(train, 'bs', None), lr=hypers['lr'],
+                  wd=hypers.get('wd'), optimizer=_name(getattr(learn.opt_func, 'func', learn.opt_func)),
+                  loss=_name(learn.loss_func), model=type(net).__name__, device=learn.dls.device,
+                  parameters=sum(p.numel() for p in net.parameters()),
+                  train_images=len(getattr(train, 'dataset', ())), callbacks=' '.join(cb.name for cb in learn.cbs))
+    for cb in learn._grab_cbs(ModelEMA): params['ema_decay'] = cb.decay
+    for fm in learn._grab_cbs(FixMatch):
+        dl,policy = fm.unlabeled_dl,re.sub(r'\s+', ' ', repr(fm.policy))
+        own = dict(policy=policy, lambda_u='schedule' if callable(fm.lambda_u) else fm.lambda_u,
+                   forward=fm.forward_mode, mu=getattr(dl, 'mu', None),
+                   unlabeled_images=len_of(getattr(dl, 'dataset', None)))
+        params |= {f'fixmatch.{k}': v for k,v in own.items()}
+    return params
+
+def _thresholds(fm):
+    t = fm.policy.thresholds() if fm is not None else None
+    if t is None: return {}
+    if t.numel() == 1: return dict(threshold=t.clone()) # a tensor: nothing waits for the device
+    return dict(threshold_min=t.min(), threshold_mean=t.float().mean(), threshold_max=t.max())
+
+# %% ../../nbs/experiment/05_tracking.ipynb #01ddfc4c
 _unfinished = {} # run_id to client
 
 @atexit.register
@@ -50,52 +66,13 @@ def _mark_unfinished():
     for run_id,client in _unfinished.items():
         with suppress(Exception), _brief_requests(): client.set_terminated(run_id, 'KILLED')
 
-def _status():
-    "How a fit ends, by the error that is under way"
-    error = sys.exc_info()[1]
-    if error is None: return 'FINISHED'
-    return 'KILLED' if isinstance(error, KeyboardInterrupt) else 'FAILED'
-
-# %% ../../nbs/experiment/05_tracking.ipynb #b5ae3c0b
-def _name(o): return getattr(o, '__name__', type(o).__name__)
-
-def _fixmatch_params(fm):
-    dl = fm.unlabeled_dl
-    pool = getattr(dl, 'dataset', None)
-    return {'fixmatch.policy': re.sub(r'\s+', ' ', repr(fm.policy)), 'fixmatch.forward': fm.forward_mode,
-            'fixmatch.lambda_u': 'schedule' if callable(fm.lambda_u) else fm.lambda_u,
-            'fixmatch.mu': getattr(dl, 'mu', None),
-            'fixmatch.unlabeled_images': len(pool) if hasattr(pool, '__len__') else None}
-
-def _learner_params(learn):
-    "What a learner is made of, by name"
-    train,hypers = learn.dls.train,learn.opt.hypers[-1]
-    params = dict(epochs=learn.n_epoch, steps=learn.n_epoch*len(train), bs=getattr(train, 'bs', None), lr=hypers['lr'],
-                  wd=hypers.get('wd'), optimizer=_name(getattr(learn.opt_func, 'func', learn.opt_func)),
-                  loss=_name(learn.loss_func), model=type(get_model(learn.model)).__name__,
-                  parameters=sum(p.numel() for p in learn.model.parameters()),
-                  train_images=len(getattr(train, 'dataset', ())), device=str(learn.dls.device),
-                  callbacks=' '.join(cb.name for cb in learn.cbs))
-    for cb in learn._grab_cbs(ModelEMA): params['ema_decay'] = cb.decay
-    for fm in learn._grab_cbs(FixMatch): params |= _fixmatch_params(fm)
-    return params
-
-def _thresholds(needed):
-    "Thresholds of a step by name: one of all classes, or the lowest, mean and highest"
-    if needed is None: return {}
-    if needed.numel() == 1: return {'threshold': needed.item()}
-    low,mean,high = needed.min(),needed.float().mean(),needed.max()
-    return dict(threshold_min=low.item(), threshold_mean=mean.item(), threshold_max=high.item())
-
-# %% ../../nbs/experiment/05_tracking.ipynb #6660b761
 class MLflowCallback(Callback):
     "Logs fits as a run of [MLflow](https://mlflow.org); a server that goes away does not stop the training"
-    order,run_valid = 70,False # after Recorder (50) and all that add to its log, and after SaveModel (61)
-    _stateattrs = ('_steps','_waiting','_fitting','_begun','_warned','_next_attempt') # an exported learner has none of it
-    _learn,_path = None,Path()
-    _steps,_waiting = (),()
-    _fitting = _begun = _warned = False
-    _next_attempt = 0.
+    order,run_valid = 70,False # after Recorder (50), all that add to its log, and SaveModel (61)
+    _stateattrs = ('_steps','_metrics','_fitting','_begun','_failed','_not_before') # an exported learner has none of it
+    _learn,_fitting,_begun,_failed = None,False,False,False
+    _steps,_metrics,_not_before = (),(),0.
+    uri = None # where the run is, from the first fit on
 
     def __init__(self,
         experiment:str='fixmatch', # Name of the experiment in MLflow, made where there is none
@@ -104,154 +81,152 @@ class MLflowCallback(Callback):
         params:dict=None,          # More parameters, beside those of the learner
         every:int=1                # Steps from one that is logged to the next, 1 or more
     ):
-        _mlflow()
+        if importlib.util.find_spec('mlflow') is None:
+            raise ImportError("MLflowCallback needs MLflow: `pip install mlflow`, "
+                              "or `pip install fixmatch_fastai[mlflow]`.")
         if every < 1: raise ValueError(f"`every` is a number of steps, 1 or more, but got {every}.")
         store_attr()
         self.run_id,self._offset,self._done = None,0,0 # steps of earlier fits, and of this one
+
+    # for `SaveFixMatch`
+    def state_dict(self)->dict: return dict(run_id=self.run_id, offset=self._offset)
+    def load_state_dict(self, sd): self.run_id,self._offset = sd['run_id'],sd['offset']
+
+    @property
+    def client(self):
+        from mlflow import MlflowClient
+        return MlflowClient(self.uri)
 
     @property
     def learn(self): return self._learn
     @learn.setter
     def learn(self, learn):
-        if learn is not None: self._path = learn.path
-        elif self._fitting: self._end(_status()) # taken off before the fit has ended
+        if learn is None and self._fitting: # taken off while an error ends the fit
+            self._end('KILLED' if isinstance(sys.exc_info()[1], KeyboardInterrupt) else 'FAILED')
         self._learn = learn
 
-    @property
-    def uri(self)->str:
-        "Where the run is"
-        database = f"sqlite:///{(self._path/'mlflow.db').resolve().as_posix()}"
-        return self.tracking_uri or os.environ.get('MLFLOW_TRACKING_URI') or database
+# %% ../../nbs/experiment/05_tracking.ipynb #236a9e99
+@patch
+def __call__(self:MLflowCallback, event_name):
+    idle = rank_distrib() or hasattr(self.learn, 'lr_finder') or self.learn.lock.locked() # in `validate`, `get_preds`
+    if not idle: Callback.__call__(self, event_name)
 
-    @property
-    def client(self):
-        "MLflow's client for it"
-        return _mlflow().MlflowClient(self.uri)
+@patch
+def before_fit(self:MLflowCallback):
+    database = (self.learn.path/'mlflow.db').resolve().as_posix()
+    self.uri = self.tracking_uri or os.environ.get('MLFLOW_TRACKING_URI') or f'sqlite:///{database}'
+    self._offset,self._done = self._offset+self._done,0
+    self._steps,self._metrics = [],list(self._metrics)
+    self._fitting,self._begun = True,False
 
-    def __call__(self, event_name):
-        "Not in other processes, in `lr_find`, and in `validate` and `get_preds`, which hold the lock"
-        learn = self.learn
-        if not (rank_distrib() or hasattr(learn, 'lr_finder') or learn.lock.locked()): super().__call__(event_name)
+@patch
+def before_epoch(self:MLflowCallback): # `SaveFixMatch` has loaded a checkpoint before the first one
+    self._send()
 
-    # for `SaveFixMatch`, so that a resumed fit goes on with the same run
-    def state_dict(self)->dict: return dict(run_id=self.run_id, offset=self._offset)
-    def load_state_dict(self, sd): self.run_id,self._offset = sd['run_id'],sd['offset']
+@patch
+def after_batch(self:MLflowCallback):
+    self._done = self.train_iter
+    if self.train_iter%self.every == 0:
+        self._steps.append((self.train_iter, time.time(), _thresholds(first(self.learn._grab_cbs(FixMatch)))))
 
-    def before_fit(self):
-        self._offset,self._done = self._offset+self._done,0
-        self._steps,self._waiting = [],list(self._waiting)
-        self._fitting,self._begun = True,False
+@patch
+def after_epoch(self:MLflowCallback):
+    self._collect_steps()
+    values = dict(zip(self.recorder.metric_names[1:], self.recorder.log[1:]))
+    values = {k: v for k,v in values.items() if isinstance(v, (int,float)) and not math.isnan(v)}
+    self._collect(values, self.train_iter, time.time())
+    self._send()
 
-    def before_epoch(self): # the first one is after `SaveFixMatch` has loaded a checkpoint
-        self._attempt(self._send)
+@patch
+def after_fit(self:MLflowCallback): self._end('FINISHED')
 
-    def after_batch(self):
-        self._done = self.train_iter
-        if self.train_iter%self.every: return
-        fm = first(self.learn._grab_cbs(FixMatch))
-        needed = fm.policy.thresholds() if fm is not None else None
-        if needed is not None: needed = needed.detach().clone() # not `item`: nothing waits for the device
-        self._steps.append((self.train_iter, time.time(), needed))
-
-    def after_epoch(self):
-        self._collect_steps()
-        rec = self.recorder
-        values = {k: v for k,v in zip(rec.metric_names[1:], rec.log[1:]) if isinstance(v, (int,float)) and not math.isnan(v)}
-        self._collect(values, self.train_iter, time.time())
-        self._attempt(self._send)
-
-    def after_fit(self): self._end('FINISHED')
-
-    def log_files(self,
-        *files # Files, or folders with all that is in them
-    ):
-        "Keep files with the run, also after a fit"
-        if rank_distrib(): return
-        def send():
-            if self.run_id is None: raise ValueError("there is no run yet")
-            for o in map(Path, files):
-                if o.is_dir(): self.client.log_artifacts(self.run_id, str(o), o.name)
-                else: self.client.log_artifact(self.run_id, str(o))
-        self._attempt(send, must=True)
-
-# %% ../../nbs/experiment/05_tracking.ipynb #0dd5f21d
+# %% ../../nbs/experiment/05_tracking.ipynb #410580d6
 @patch
 def _collect(self:MLflowCallback, values, step, seconds):
     "Put values among those that wait to be sent"
     from mlflow.entities import Metric
-    self._waiting += [Metric(k, float(v), int(1000*seconds), self._offset+step) for k,v in values.items()]
+    self._metrics += [Metric(k, float(v), int(1000*seconds), self._offset+step) for k,v in values.items()]
 
 @patch
 def _collect_steps(self:MLflowCallback):
-    steps,self._steps = self._steps,[]
-    if not steps: return
-    rec,fm = self.learn.recorder,first(self.learn._grab_cbs(FixMatch))
-    losses,history = torch.stack([*rec.losses]).tolist(),fm.history if fm is not None else None
-    for step,seconds,needed in steps:
-        i,values = step-1,{}
-        if i < len(losses): values = dict(train_loss=losses[i], lr=rec.lrs[i])
-        if history is not None and i < len(history): values |= history.iloc[i].to_dict()
+    fm = first(self.learn._grab_cbs(FixMatch))
+    history,rec = fm.history if fm is not None and self._steps else (),self.recorder
+    for step,seconds,values in self._steps:
+        i = step-1
+        if i < len(rec.losses): values |= dict(train_loss=rec.losses[i], lr=rec.lrs[i])
+        if i < len(history): values |= history.iloc[i].to_dict()
         if math.isnan(values.get('pseudo_acc', 0)): del values['pseudo_acc'] # nothing counted
-        values |= _thresholds(needed)
         self._collect({f'step/{k}': v for k,v in values.items()}, step, seconds)
+    self._steps = []
 
-# %% ../../nbs/experiment/05_tracking.ipynb #cb60f893
+# %% ../../nbs/experiment/05_tracking.ipynb #dbe60cc8
 @patch
-def _attempt(self:MLflowCallback, send,
-    must=False # Also soon after an attempt that failed?
-):
+def _attempt(self:MLflowCallback, talk):
     "Talk to MLflow; where that fails there is one warning, and a later attempt"
     start = time.monotonic()
-    if start < self._next_attempt and not must: return
     try:
-        with _brief_requests(): send()
+        with _brief_requests(): return talk()
     except Exception as e: # of many kinds, from MLflow, requests and sqlalchemy
-        self._next_attempt = time.monotonic()+9*(time.monotonic()-start)
-        if self._warned: return
-        self._warned = True
-        warnings.warn(f"MLflow at {self.uri} can't be written to ({type(e).__name__}: {first_line(e)[:200]}): training goes on, "
-                      "and what is missing there is sent when it answers again.", stacklevel=2)
+        self._not_before = time.monotonic() + 9*(time.monotonic()-start)
+        if not self._failed: # yet
+            warnings.warn(f"MLflow at {self.uri} can't be written to ({type(e).__name__}: {first_line(e)[:200]}): "
+                          "training goes on, and what is missing there is sent when it answers again.", stacklevel=2)
+        self._failed = True
 
 @patch
-def _experiment_id(self:MLflowCallback):
-    if found := self.client.get_experiment_by_name(self.experiment): return found.experiment_id
-    folder = None # a server knows its own; beside a database it would be a folder of the working directory
-    if self.uri.startswith('sqlite:///'):
-        folder = Path(self.uri.removeprefix('sqlite:///')).resolve().parent/'mlartifacts'/re.sub(r'\W+', '_', self.experiment)
-    return self.client.create_experiment(self.experiment, artifact_location=folder and folder.as_uri())
-
-# %% ../../nbs/experiment/05_tracking.ipynb #8301b3b0
-@patch
-def _begin(self:MLflowCallback):
+def _begin(self:MLflowCallback, client):
     "Make the run, or go on with it"
     from mlflow.entities import Param
-    client = self.client
     if self.run_id is None:
         tags = {'fixmatch_fastai.version': __version__, 'mlflow.source.name': 'fixmatch_fastai'}
-        self.run_id = client.create_run(self._experiment_id(), run_name=self.run_name, tags=tags).info.run_id
+        self.run_id = client.create_run(self._experiment_id(client), run_name=self.run_name, tags=tags).info.run_id
     else: client.update_run(self.run_id, status='RUNNING')
     _unfinished[self.run_id] = client
     run = client.get_run(self.run_id).data
-    self._sent = int(run.tags.get('fixmatch_fastai.step', 0)) # an interrupted epoch is done again
+    self._sent = int(run.tags.get('fixmatch_fastai.step', 0))
     params = {} if run.params else {**_learner_params(self.learn), **(self.params or {})}
     client.log_batch(self.run_id, params=[Param(str(k)[:250], str(v)[:6000]) for k,v in params.items()])
     self._begun = True
 
 @patch
-def _send(self:MLflowCallback):
-    if not self._begun: self._begin()
-    new = [o for o in self._waiting if o.step > self._sent]
-    if new:
-        self.client.log_batch(self.run_id, metrics=new)
-        self.client.set_tag(self.run_id, 'fixmatch_fastai.step', str(new[-1].step))
-    self._waiting = []
+def _experiment_id(self:MLflowCallback, client):
+    if found := client.get_experiment_by_name(self.experiment): return found.experiment_id
+    files = None # a server knows where to; beside a database it would be the working directory
+    if self.uri.startswith('sqlite:///'):
+        folder = Path(self.uri.removeprefix('sqlite:///')).resolve().parent
+        files = (folder/'mlartifacts'/re.sub(r'\W+', '_', self.experiment)).as_uri()
+    return client.create_experiment(self.experiment, artifact_location=files)
+
+# %% ../../nbs/experiment/05_tracking.ipynb #c19a1466
+@patch
+def _send(self:MLflowCallback, status=None):
+    "Send what waits, and end the run where there is a `status`"
+    def send():
+        client = self.client
+        if not self._begun: self._begin(client)
+        if new := [o for o in self._metrics if o.step > self._sent]:
+            client.log_batch(self.run_id, metrics=new)
+            client.set_tag(self.run_id, 'fixmatch_fastai.step', str(new[-1].step))
+        self._metrics = []
+        if status is None: return
+        client.set_terminated(self.run_id, status)
+        _unfinished.pop(self.run_id, None)
+    if status or time.monotonic() >= self._not_before: self._attempt(send)
 
 @patch
 def _end(self:MLflowCallback, status):
-    def send():
-        self._send()
-        self.client.set_terminated(self.run_id, status)
-        _unfinished.pop(self.run_id, None)
     self._fitting = False
     self._collect_steps()
-    if self._waiting or self.run_id is not None: self._attempt(send, must=True)
+    if self._metrics or self.run_id is not None: self._send(status)
+
+@patch
+def log_files(self:MLflowCallback,
+    *files # Files, or folders with all that is in them
+):
+    "Keep files with the run, also after a fit"
+    def send():
+        if self.run_id is None: raise ValueError("there is no run yet")
+        for o in map(Path, files):
+            if o.is_dir(): self.client.log_artifacts(self.run_id, str(o), o.name)
+            else: self.client.log_artifact(self.run_id, str(o))
+    if not rank_distrib(): self._attempt(send)
