@@ -6,7 +6,14 @@ import pytest
 from conftest import quiet_fit
 from fastai.vision.all import Callback
 
-from fixmatch_fastai.experiment.output import EpochTable, logged_lines, save_csv, save_figure, save_text, without_formulas
+from fixmatch_fastai.experiment.output import (
+    EpochTable,
+    logged_lines,
+    save_csv,
+    save_figure,
+    save_text,
+    without_formulas,
+)
 
 
 def test_epochs_are_counted_through_fits(make_learner, tmp_path):
