@@ -31,15 +31,10 @@ import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
 
-from fixmatch_fastai.experiment import (
-    CommandError,
-    EMAConfig,
-    ExperimentConfig,
-    ViewsConfig,
-    get_learner,
-    load_images,
-    resolved,
-)
+from fixmatch_fastai.console import CommandError
+from fixmatch_fastai.experiment.config import EMAConfig, ExperimentConfig, ViewsConfig, resolved
+from fixmatch_fastai.experiment.datasets import load_images
+from fixmatch_fastai.experiment.run import get_learner
 
 HERE = Path(__file__).parent
 COLUMNS = 'images labels policy network seed bs mu precision steps step seconds accuracy raw_accuracy mask_rate'.split()

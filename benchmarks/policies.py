@@ -23,19 +23,14 @@ from fixmatch_fastai.all import (
     AdaMatch,
     Dash,
     DebiasMatch,
-    FeatureDensity,
     FixedThreshold,
     FlexMatch,
     FreeMatch,
-    MCDropout,
-    ScoreThreshold,
     SoftMatch,
-    add_dropout,
     digits_path,
-    entropy,
-    mutual_info,
 )
 from fixmatch_fastai.cli import Comparison
+from fixmatch_fastai.uncertainty import FeatureDensity, MCDropout, ScoreThreshold, add_dropout, entropy, mutual_info
 
 HERE = Path(__file__).parent
 COLUMNS = [

@@ -18,19 +18,12 @@ import torch
 from fastai.vision.all import get_image_files, parent_label, set_seed
 from policies import hardware
 
-from fixmatch_fastai.all import (
-    FixMatchTransform,
-    MetaPseudoLabels,
-    NoisyStudent,
-    digits_path,
-    load_body,
-    pseudo_label,
-    rotation_dls,
-    self_distill,
-    semi_weak,
-    with_pseudo_labels,
-)
-from fixmatch_fastai.cli import Comparison, small_cnn
+from fixmatch_fastai.all import FixMatchTransform, digits_path, load_body, pseudo_label, with_pseudo_labels
+from fixmatch_fastai.cli import Comparison
+from fixmatch_fastai.experiment.networks import small_cnn
+from fixmatch_fastai.self_training.meta_pseudo_labels import MetaPseudoLabels
+from fixmatch_fastai.self_training.students import NoisyStudent, self_distill, semi_weak
+from fixmatch_fastai.self_training.warm_start import rotation_dls
 
 HERE = Path(__file__).parent
 KEY = ['images', 'labels', 'steps', 'method', 'seed']

@@ -48,9 +48,17 @@ from fastai.vision.all import (
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
-from fixmatch_fastai.all import FixMatch, FixMatchBatchTransform, FixMatchTransform, ModelEMA, Policy, PseudoLabels, digits_path
+from fixmatch_fastai.all import (
+    FixMatch,
+    FixMatchBatchTransform,
+    FixMatchTransform,
+    ModelEMA,
+    Policy,
+    PseudoLabels,
+    digits_path,
+)
 from fixmatch_fastai.cli import Comparison
-from fixmatch_fastai.experiment import wide_resnet
+from fixmatch_fastai.experiment.networks import wide_resnet
 
 HERE = Path(__file__).parent
 sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)

@@ -6,17 +6,8 @@ import torch
 from conftest import no_bn
 from fastai.vision.all import OptimWrapper, nn
 
-from fixmatch_fastai.all import (
-    UDA,
-    AdaMatch,
-    Dash,
-    DebiasMatch,
-    FeatureDensity,
-    FixedThreshold,
-    FlexMatch,
-    FreeMatch,
-    SoftMatch,
-)
+from fixmatch_fastai.all import UDA, AdaMatch, Dash, DebiasMatch, FixedThreshold, FlexMatch, FreeMatch, SoftMatch
+from fixmatch_fastai.uncertainty import FeatureDensity
 
 sgd = partial(OptimWrapper, opt=torch.optim.SGD)
 same = partial(torch.testing.assert_close, rtol=0, atol=0)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from fixmatch_fastai.all import Cutout, FixMatchTransform, strong_augment, weak_augment
-from fixmatch_fastai.augment import _OPS, same_pixels, shift_reflect, uint8_tensor
+from fixmatch_fastai.all import FixMatchTransform, strong_augment, weak_augment
+from fixmatch_fastai.augment import _OPS, Cutout, same_pixels, shift_reflect, uint8_tensor
 
 RECIPES = ['timm', 'google', 'paper']
 

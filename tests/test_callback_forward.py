@@ -19,17 +19,8 @@ from fastai.vision.all import (
 )
 from in_memory import POLICIES, assert_alike, batches, memory
 
-from fixmatch_fastai.all import (
-    AdaMatch,
-    FixedThreshold,
-    FixMatch,
-    MCDropout,
-    Policy,
-    PseudoLabels,
-    SoftMatch,
-    add_dropout,
-    fixmatch_check,
-)
+from fixmatch_fastai.all import AdaMatch, FixedThreshold, FixMatch, Policy, PseudoLabels, SoftMatch, fixmatch_check
+from fixmatch_fastai.uncertainty import MCDropout, add_dropout
 
 FORWARDS = ['split', 'selective']
 

@@ -34,15 +34,14 @@ from fixmatch_fastai.all import (
     FixMatchTransform,
     FlexMatch,
     FreeMatch,
-    MCDropout,
     ModelEMA,
     Policy,
     PseudoLabels,
     StopOnTrouble,
     WeakTransform,
-    add_dropout,
     weak_augment,
 )
+from fixmatch_fastai.uncertainty import MCDropout, add_dropout
 
 FORWARDS = ['joint', 'selective']  # with a teacher, `'split'` is `'joint'`: see `test_joint_is_split`
 

@@ -48,24 +48,23 @@ from fastai.vision.all import (
 )
 
 from fixmatch_fastai.all import (
-    Cutout,
-    FeatureDensity,
     FixedThreshold,
     FixMatch,
     FixMatchTransform,
     FlexMatch,
     FreeMatch,
-    MCDropout,
     ModelEMA,
     Policy,
     WeakTransform,
     digits_path,
-    nesterov_sgd,
     split_labeled,
     weak_augment,
 )
+from fixmatch_fastai.augment import Cutout
 from fixmatch_fastai.checkpoint import AroundEpochs, SaveFixMatch
 from fixmatch_fastai.policy import PseudoLabels
+from fixmatch_fastai.recipe import nesterov_sgd
+from fixmatch_fastai.uncertainty import FeatureDensity, MCDropout
 
 same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 N_STEPS, N_EPOCHS = 3, 4

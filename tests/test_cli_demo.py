@@ -9,7 +9,7 @@ from fastai.vision.all import parent_label
 from fixmatch_fastai.cli.comparison import choose_pool, hold_out
 from fixmatch_fastai.cli.demo import fixmatch_demo
 from fixmatch_fastai.console import CommandError, run_command
-from fixmatch_fastai.data import digits_path
+from fixmatch_fastai.labeled import digits_path
 
 WRONG = {
     '--labels 45': '45 labels',

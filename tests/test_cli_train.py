@@ -27,7 +27,7 @@ from fixmatch_fastai.cli.options import Options
 from fixmatch_fastai.cli.train import fixmatch_train
 from fixmatch_fastai.cli.training import Training, fit
 from fixmatch_fastai.console import CommandError, Progress
-from fixmatch_fastai.experiment import named_policies
+from fixmatch_fastai.experiment.policies import named_policies
 
 # Images
 

@@ -33,7 +33,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from fixmatch_fastai.callback import FixMatch
-from fixmatch_fastai.data import WeakTransform, split_labeled
+from fixmatch_fastai.labeled import WeakTransform, split_labeled
 from fixmatch_fastai.policy import FlexMatch
 from fixmatch_fastai.self_training import (
     SupervisedTwin,

@@ -19,23 +19,20 @@ from fixmatch_fastai.all import (
     AdaMatch,
     Dash,
     DebiasMatch,
-    FeatureDensity,
     FixedThreshold,
     FixMatchBatchTransform,
     FixMatchTransform,
     FlexMatch,
     FreeMatch,
-    MCDropout,
     PseudoLabelInterpretation,
-    ScoreThreshold,
     ShowPseudoLabels,
     SoftMatch,
-    entropy,
     plot_to_label,
     select_to_label,
     weak_augment,
 )
 from fixmatch_fastai.interpret import _central, _typical, _unit
+from fixmatch_fastai.uncertainty import FeatureDensity, MCDropout, ScoreThreshold, entropy
 
 look = PseudoLabelInterpretation.from_learner
 WEAK = weak_augment(flip=False)

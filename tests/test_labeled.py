@@ -16,7 +16,8 @@ from fastai.vision.all import (
     set_seed,
 )
 
-from fixmatch_fastai.all import WeakTransform, digits_dls, split_labeled, weak_augment
+from fixmatch_fastai.all import WeakTransform, split_labeled, weak_augment
+from fixmatch_fastai.labeled import digits_dls
 
 
 def test_repeat_train_validates_and_predicts_as_before(make_dls, digits):

@@ -43,13 +43,11 @@ from fixmatch_fastai.all import (
     Policy,
     PseudoLabels,
     SaveFixMatch,
-    ScoreThreshold,
     SemiBatch,
-    compare_scores,
     fixmatch_check,
     weak_augment,
 )
-from fixmatch_fastai.uncertainty import entropy
+from fixmatch_fastai.uncertainty import ScoreThreshold, compare_scores, entropy
 
 C = 5
 FORWARDS = ['joint', 'split', 'selective']

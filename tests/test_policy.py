@@ -24,8 +24,6 @@ from fixmatch_fastai.all import (
     AlignedLabels,
     Dash,
     DebiasMatch,
-    DistributionAlignment,
-    FeatureDensity,
     FixedThreshold,
     FixMatch,
     FlexMatch,
@@ -35,6 +33,8 @@ from fixmatch_fastai.all import (
     SemiBatch,
     SoftMatch,
 )
+from fixmatch_fastai.policy import DistributionAlignment
+from fixmatch_fastai.uncertainty import FeatureDensity
 
 C, M, B, POOL = 5, 24, 8, 60
 SMALL = 1e-6  # what alignment adds to both means

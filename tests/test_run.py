@@ -26,7 +26,11 @@ from PIL import Image
 
 from fixmatch_fastai import experiment
 from fixmatch_fastai.all import FixMatch, ModelEMA, SaveFixMatch
-from fixmatch_fastai.experiment import ArrayImages, ExperimentConfig, get_learner, load_images, main, make_network, read_config, resolved, wide_resnet
+from fixmatch_fastai.cli.experiment import main
+from fixmatch_fastai.experiment.config import ExperimentConfig, read_config, resolved
+from fixmatch_fastai.experiment.datasets import ArrayImages, load_images
+from fixmatch_fastai.experiment.networks import make_network, wide_resnet
+from fixmatch_fastai.experiment.run import get_learner
 
 os.environ |= {'MLFLOW_DISABLE_TELEMETRY': 'true', 'DO_NOT_TRACK': 'true'}
 pytest.importorskip('omegaconf', reason='omegaconf is not installed')

@@ -9,13 +9,12 @@ from fixmatch_fastai.self_training import (
     DistillationLoss,
     LogitsMSELoss,
     SoftBCELoss,
-    SoftCategorize,
     SoftCategoryBlock,
     SoftCrossEntropyLoss,
     SoftFocalLoss,
-    SoftLabel,
     soft_accuracy,
 )
+from fixmatch_fastai.self_training.soft_labels import SoftCategorize, SoftLabel
 
 LOSSES = [SoftCrossEntropyLoss, DistillationLoss, SoftFocalLoss, SoftBCELoss]
 

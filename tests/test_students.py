@@ -21,7 +21,7 @@ from fastai.vision.all import (
     set_seed,
 )
 
-from fixmatch_fastai.data import split_labeled
+from fixmatch_fastai.labeled import split_labeled
 from fixmatch_fastai.self_training import NoisyStudent, add_drop_path, pseudo_label, self_distill, semi_weak
 
 

@@ -41,7 +41,7 @@ from fastai.vision.all import (
 
 from fixmatch_fastai.augment import FixMatchTransform
 from fixmatch_fastai.callback import FixMatch
-from fixmatch_fastai.data import WeakTransform, split_labeled
+from fixmatch_fastai.labeled import WeakTransform, split_labeled
 from fixmatch_fastai.self_training import (
     DistillationLoss,
     LogitsMSELoss,
@@ -54,11 +54,11 @@ from fixmatch_fastai.self_training import (
     predictions,
     pseudo_label,
     read_pseudo_labels,
-    right_predictions,
     soft_accuracy,
     with_pseudo_labels,
 )
 from fixmatch_fastai.self_training import table as table_room
+from fixmatch_fastai.self_training.table import right_predictions
 
 
 @pytest.fixture

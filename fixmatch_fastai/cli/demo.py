@@ -30,7 +30,7 @@ def fixmatch_demo(
     import torch
     from fastai.data.transforms import get_image_files
     from fixmatch_fastai.cli import comparison
-    from fixmatch_fastai.data import digits_path
+    from fixmatch_fastai.labeled import digits_path
     torch.set_num_threads(1) # the network is tiny: more would take the processors from the workers that make views
     files = get_image_files(digits_path() if data is None else data).sorted()
     more = dict(n_test=400, flip=False) if data is None else dict(size=size, flip=flip)

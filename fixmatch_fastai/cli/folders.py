@@ -13,7 +13,7 @@ from fastai.data.transforms import get_image_files
 from fastai.torch_basics import L
 from .options import Options
 from ..console import CommandError
-from ..experiment import check_readable
+from ..experiment.datasets import check_readable
 
 # %% ../../nbs/cli/01_folders.ipynb #8d8049d1
 def images_by_class(folder, option):

@@ -18,8 +18,8 @@ from .options import Options
 from .weights import image_stats, load_body
 from ..console import CommandError, unknown_name
 from ..core import first_line
-from ..data import WeakTransform
-from ..experiment import named_policies
+from ..labeled import WeakTransform
+from ..experiment.policies import named_policies
 
 # %% ../../nbs/cli/03_learner.ipynb #61581541
 def policy_named(name, threshold=None):

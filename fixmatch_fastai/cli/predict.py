@@ -89,7 +89,7 @@ def fixmatch_predict(
         raise CommandError(f"--out {out} is a folder: give the name of a table, as {out/'predictions.csv'}.")
     _check_learner(learner)
     import pandas as pd
-    from fixmatch_fastai.experiment import save_csv
+    from fixmatch_fastai.experiment.output import save_csv
     from fixmatch_fastai.self_training import predictions
     files,learn = _image_files(as_paths(files)),_load(learner)
     vocab,rows,progress = [str(o) for o in learn.dls.vocab],[],Progress(len(files), 'image')

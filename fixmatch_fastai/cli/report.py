@@ -19,7 +19,7 @@ from fastai.vision.all import Learner, default_device, set_seed
 from .. import __version__
 from .training import Training
 from ..core import replacing
-from ..experiment import save_csv, save_figure, without_formulas
+from ..experiment.output import save_csv, save_figure, without_formulas
 from ..interpret import PseudoLabelInterpretation
 from jinja2 import Environment, StrictUndefined
 from scipy import stats

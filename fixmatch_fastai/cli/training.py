@@ -20,7 +20,7 @@ from .options import Options, recipes
 from ..console import CommandError
 from ..core import replacing
 from ..ema import ModelEMA
-from ..experiment import EpochTable, logged_lines
+from ..experiment.output import EpochTable, logged_lines
 from .. import recipe # noqa: F401  with `fine_tune_fixmatch`
 
 # %% ../../nbs/cli/05a_training.ipynb #58e3b723

@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..augment import FixMatchBatchTransform, FixMatchTransform, strong_augment, weak_augment
 from ..console import CommandError, unknown_name
-from ..data import WeakTransform, digits_path, split_labeled
+from ..labeled import WeakTransform, digits_path, split_labeled
 from .config import ExperimentConfig, named_datasets
 
 # %% ../../nbs/experiment/03_datasets.ipynb #502d484f

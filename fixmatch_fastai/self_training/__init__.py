@@ -1,43 +1,23 @@
 "Self-training: a network learns from what another, or it itself, says of unlabelled images; one idea a module"
 
-from fixmatch_fastai.self_training.compare import (
-    SupervisedTwin,
-    compare_supervised,
-    paired_interval,
-    wilson_interval,
-)
-from fixmatch_fastai.self_training.meta_pseudo_labels import Lesson, MetaPseudoLabels, TeacherRecorder
+from fixmatch_fastai.self_training.compare import SupervisedTwin, compare_supervised
+from fixmatch_fastai.self_training.meta_pseudo_labels import MetaPseudoLabels
 from fixmatch_fastai.self_training.soft_labels import (
-    ClassInValidation,
     DistillationLoss,
     LogitsMSELoss,
     SoftBCELoss,
-    SoftCategorize,
-    SoftCategory,
     SoftCategoryBlock,
     SoftCrossEntropyLoss,
     SoftFocalLoss,
-    SoftLabel,
-    SoftLoss,
-    present_classes,
     soft_accuracy,
 )
 from fixmatch_fastai.self_training.students import NoisyStudent, add_drop_path, self_distill, semi_weak
 from fixmatch_fastai.self_training.table import (
-    MixedImages,
     TableLabels,
     balance_classes,
-    check_count,
-    check_mixing,
-    check_share,
-    listed_images,
     predictions,
     pseudo_label,
     read_pseudo_labels,
-    right_predictions,
-    rows_to_train_on,
-    teacher_classes,
-    weights_fingerprint,
     with_pseudo_labels,
 )
 from fixmatch_fastai.self_training.warm_start import (
@@ -50,49 +30,9 @@ from fixmatch_fastai.self_training.warm_start import (
 )
 
 __all__ = [
-    'ClassInValidation',
-    'DistillationLoss',
-    'Lesson',
-    'LogitsMSELoss',
-    'MetaPseudoLabels',
-    'MixedImages',
-    'NoisyStudent',
-    'SoftBCELoss',
-    'SoftCategorize',
-    'SoftCategory',
-    'SoftCategoryBlock',
-    'SoftCrossEntropyLoss',
-    'SoftFocalLoss',
-    'SoftLabel',
-    'SoftLoss',
-    'SupervisedTwin',
-    'TableLabels',
-    'TeacherRecorder',
-    'add_drop_path',
-    'balance_classes',
-    'check_count',
-    'check_mixing',
-    'check_share',
-    'compare_supervised',
-    'inpainting_dls',
-    'inpainting_learner',
-    'inpainting_loss',
-    'listed_images',
-    'load_body',
-    'paired_interval',
-    'predictions',
-    'present_classes',
-    'pseudo_label',
-    'read_pseudo_labels',
-    'right_predictions',
-    'rotation_dls',
-    'rows_to_train_on',
-    'self_distill',
-    'semi_weak',
-    'show_inpainting',
-    'soft_accuracy',
-    'teacher_classes',
-    'weights_fingerprint',
-    'wilson_interval',
-    'with_pseudo_labels',
-]
+    'DistillationLoss', 'LogitsMSELoss', 'MetaPseudoLabels', 'NoisyStudent', 'SoftBCELoss', 'SoftCategoryBlock',
+    'SoftCrossEntropyLoss', 'SoftFocalLoss', 'SupervisedTwin', 'TableLabels', 'add_drop_path', 'balance_classes',
+    'compare_supervised', 'inpainting_dls', 'inpainting_learner', 'inpainting_loss', 'load_body', 'predictions',
+    'pseudo_label', 'read_pseudo_labels', 'rotation_dls', 'self_distill', 'semi_weak', 'show_inpainting',
+    'soft_accuracy', 'with_pseudo_labels',
+]  # fmt: skip

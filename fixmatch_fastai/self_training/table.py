@@ -23,7 +23,7 @@ from fastprogress.fastprogress import progress_bar
 from PIL import Image
 
 from ..core import finished, first_line, item_at, replacing
-from ..data import WeakTransform
+from ..labeled import WeakTransform
 from fixmatch_fastai.self_training.soft_labels import (
     LogitsMSELoss, SoftCategory, SoftCrossEntropyLoss, SoftLabel, present_classes
 )

@@ -64,22 +64,24 @@ from fixmatch_fastai.all import (
     AdaMatch,
     Dash,
     DebiasMatch,
-    FeatureDensity,
     FixedThreshold,
     FixMatch,
     FixMatchTransform,
     FlexMatch,
     FreeMatch,
-    MCDropout,
     ModelEMA,
-    ScoreThreshold,
     SoftMatch,
+    digits_path,
+    split_labeled,
+)
+from fixmatch_fastai.recipe import nesterov_sgd
+from fixmatch_fastai.uncertainty import (
+    FeatureDensity,
+    MCDropout,
+    ScoreThreshold,
     ValidatedThreshold,
     add_dropout,
-    digits_path,
     entropy,
-    nesterov_sgd,
-    split_labeled,
 )
 
 COLUMNS = ['loss_x', 'loss_u', 'mask_rate', 'pseudo_acc']

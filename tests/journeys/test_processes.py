@@ -17,7 +17,6 @@ from fixmatch_fastai.all import (
     AdaMatch,
     Dash,
     DebiasMatch,
-    FeatureDensity,
     FixedThreshold,
     FixMatch,
     FixMatchTransform,
@@ -28,6 +27,7 @@ from fixmatch_fastai.all import (
     StopOnTrouble,
     weak_augment,
 )
+from fixmatch_fastai.uncertainty import FeatureDensity
 
 pytest.importorskip('accelerate')
 

@@ -15,7 +15,6 @@ from PIL import Image
 from fixmatch_fastai.all import (
     UDA,
     AdaMatch,
-    Cutout,
     Dash,
     DebiasMatch,
     FixedThreshold,
@@ -27,6 +26,7 @@ from fixmatch_fastai.all import (
     SoftMatch,
     split_labeled,
 )
+from fixmatch_fastai.augment import Cutout
 
 many = settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck))
 few = settings(many, max_examples=25)
