@@ -121,7 +121,7 @@ def test_no_gradient_where_nothing_counts():
     assert any((g - h).abs().max() > 1e-4 for g, h in zip(a, c)), 'where all count, the gradient must differ'
 
 
-def test_order_of_unlabeled_images_does_not_matter():
+def test_order_of_unlabeled_rows_does_not_matter():
     labeled, ((weak, strong),) = batches((4,), (8,))
     perm = torch.randperm(8)
     model = no_bn()

@@ -510,59 +510,58 @@ def test_another_model_is_another_memory(make_learner):
 # --- where the teacher comes from
 
 
-def placed(make_learner, where):
-    "A learner whose FixMatch has a teacher, the teacher, and what `fit` gets"
+# what the Learner gets, and what `fit`
+GIVEN = {
+    'FixMatch': lambda fm, teacher: ([fm], []),
+    'FixMatch, teacher': lambda fm, teacher: ([fm, teacher], []),
+    'teacher, FixMatch': lambda fm, teacher: ([teacher, fm], []),
+    'FixMatch to fit': lambda fm, teacher: ([], [fm]),
+    'both to fit': lambda fm, teacher: ([], [teacher, fm]),
+    'teacher to fit': lambda fm, teacher: ([fm], [teacher]),
+    'teacher, FixMatch to fit': lambda fm, teacher: ([teacher], [fm]),
+}
+
+
+def fitted_twice(make_learner, give):
+    "The learner, the teacher, and after each fit weights, average and columns"
     teacher = ModelEMA(half_life=2)
     learn = make_learner(fixmatch=dict(teacher=teacher))
-    fm, cbs = learn.fix_match, []
+    fm = learn.fix_match
     learn.remove_cb(fm)
-    if where in ('behind', 'before'):
-        learn.add_cbs([fm, teacher] if where == 'behind' else [teacher, fm])
-    elif where == 'alone':
-        learn.add_cb(fm)
-    elif where == 'fixmatch to fit':
-        cbs = [fm]
-    elif where == 'both to fit':
-        cbs = [teacher, fm]
-    elif where == 'teacher to fit':
-        learn.add_cb(fm)
-        cbs = [teacher]
-    else:
-        learn.add_cb(teacher)
-        cbs = [fm]
-    return learn, teacher, cbs
-
-
-PLACES = ['alone', 'behind', 'before', 'fixmatch to fit', 'both to fit', 'teacher to fit']
-PLACES += ['teacher to the learner, fixmatch to fit']
+    to_learner, to_fit = give(fm, teacher)
+    learn.add_cbs(to_learner)
+    fits = []
+    for _ in range(2):
+        set_seed(2)
+        quiet_fit(learn, 2, cbs=to_fit, reset_opt=True)
+        model, average = dict(learn.model.state_dict()), dict(teacher.ema.module.named_parameters())
+        fits.append((*deepcopy((model, average)), [list(o) for o in learn.recorder.values]))
+    return learn, teacher, fits
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('where', PLACES)
-def test_teacher_given_anywhere(make_learner, where):
+def test_teacher_given_anywhere(make_learner):
     "Wherever it is given, one and the same average makes the labels, validates and is what is left; twice"
-    (whole, ema, _), (learn, teacher, cbs) = placed(make_learner, 'alone'), placed(make_learner, where)
-    learn.model.load_state_dict(whole.model.state_dict())
-    for _ in range(2):
-        for o, c in ((whole, []), (learn, cbs)):
-            set_seed(2)
-            quiet_fit(o, 2, cbs=c, reset_opt=True)
-        same(dict(learn.model.state_dict()), dict(whole.model.state_dict()))
-        for values, expected in zip(learn.recorder.values, whole.recorder.values, strict=True):
-            assert list(values) == pytest.approx(list(expected), nan_ok=True)
-        same(dict(learn.model.named_parameters()), dict(teacher.ema.module.named_parameters()))
-    assert teacher.steps == ema.steps == 12
-    kept = 'fit' not in where
-    assert len(learn._grab_cbs(ModelEMA)) == (kept or 'learner' in where)
-    if not cbs:
-        learn.remove_cb(FixMatch)
-        came_with_fixmatch = where == 'alone'
-        assert bool(learn._grab_cbs(ModelEMA)) != came_with_fixmatch, 'what was given stays'
-    with learn.no_bar():
-        assert len(learn.validate()) == 2
-    quiet_fit(learn, 1)
+    _, _, expected = fitted_twice(make_learner, GIVEN['FixMatch'])
     plain = ['epoch', 'train_loss', 'valid_loss', 'accuracy', 'time']
-    assert learn.recorder.metric_names == plain or where == 'teacher to fit'
+    for where, give in GIVEN.items():
+        learn, teacher, fits = fitted_twice(make_learner, give)
+        for (model, average, values), (expected_model, _, expected_values) in zip(fits, expected, strict=True):
+            same(model, expected_model, msg=where)
+            same({name: model[name] for name in average}, average, msg=where)
+            for row, expected_row in zip(values, expected_values, strict=True):
+                assert row == pytest.approx(expected_row, nan_ok=True), where
+        assert teacher.steps == 12, where
+        to_learner, to_fit = ([type(o) for o in cbs] for cbs in give(FixMatch([]), teacher))
+        seated = ModelEMA in to_learner or not to_fit
+        assert len(learn._grab_cbs(ModelEMA)) == seated, where
+        if not to_fit:
+            learn.remove_cb(FixMatch)
+            assert bool(learn._grab_cbs(ModelEMA)) == (ModelEMA in to_learner), 'what was given stays'
+        with learn.no_bar():
+            assert len(learn.validate()) == 2, where
+        quiet_fit(learn, 1)
+        assert learn.recorder.metric_names == plain or where == 'teacher to fit'
 
 
 def test_teacher_comes_and_goes_with_fixmatch(make_learner):
@@ -770,7 +769,7 @@ def test_interrupted_fit_with_a_teacher_given_to_fit(make_learner):
     assert fm.teacher.steps == 1 + 3
 
 
-# --- several processes and devices
+# --- processes and devices
 
 
 @pytest.mark.parametrize('forward', FORWARDS)

@@ -704,7 +704,7 @@ ELSEWHERE = {
         'tests/journeys/test_processes.py',
         'each process has its share, and the gradients are those of one',
     ),
-    'several labels in an image': (
+    'multi-label images': (
         'tests/test_multi_label.py',
         'columns, metrics, sigmoids, `export`; MixUp, GradientAccumulation, ModelEMA, MixedPrecision; Ctrl-C',
     ),
@@ -916,13 +916,13 @@ for labeled, unlabeled, n in (
 POOLS = 'Unlabelled pools and short batches'
 
 
-@row(POOLS, 'an empty pool', 'it is said when the loader is made')
+@row(POOLS, 'an empty pool', 'the error comes when the loader is made')
 def empty_pool(bench):
     with pytest.raises(ValueError, match='pool of unlabelled images is empty'):
         bench.dls().unlabeled_dl([])
 
 
-@row(POOLS, 'an empty torch DataLoader', 'it is said at the first step; the learner stays usable')
+@row(POOLS, 'an empty torch DataLoader', 'the error comes at the first step; the learner stays usable')
 def empty_loader(bench):
     learn = bench.learner(loader=lambda dls: torch_views(dls, n=3, drop_last=True))
     with pytest.raises(ValueError, match='yields no batch'):

@@ -27,6 +27,7 @@ def test_wrong_versions_are_noticed():
     assert 'not the package beside it' in sentence
 
 
+@pytest.mark.slow
 def test_versions_are_those_imported():
     here = compat.look(sys.executable, ['fastai', 'timm'])
     assert here['imported']['fastai'] == fastai.__version__ and here['unmet'] == []

@@ -18,11 +18,12 @@ ROOT = Path(matrix_page.ROOT)
 WARNINGS = 'CUDA is not available', 'torch.cuda.amp.GradScaler is enabled', 'load_learner'
 pytestmark = [pytest.mark.filterwarnings(f'ignore:{o}') for o in WARNINGS]
 DEVICE, PRECISION = os.environ.get('MATRIX_DEVICE', 'cpu'), os.environ.get('MATRIX_PRECISION', 'fp32')
-SLOW = ['vision_learner with a torchvision body']
+SLOW = 'vision_learner with a torchvision body', ', 2 workers'
 
 
 def params(rows):
-    return [pytest.param(o, id=o.name, marks=[pytest.mark.slow] * (o.name in SLOW)) for o in rows]
+    slow = lambda o: [pytest.mark.slow] * o.name.endswith(SLOW)
+    return [pytest.param(o, id=o.name, marks=slow(o)) for o in rows]
 
 
 @pytest.mark.parametrize('row', params(ROWS))
@@ -30,6 +31,7 @@ def test_row(row, tmp_path):
     run(row, Bench(tmp_path, DEVICE, PRECISION))
 
 
+@pytest.mark.slow  # not one, but all together
 @pytest.mark.parametrize('row', params(TAUGHT))
 def test_row_with_a_teacher(row, tmp_path):
     run(row, Bench(tmp_path, DEVICE, PRECISION, teacher=partial(ModelEMA, half_life=2)))
@@ -82,6 +84,7 @@ def skip(bench):
     pytest.skip('no such package')
 
 
+@pytest.mark.slow
 def test_gpu_matrix(tmp_path, monkeypatch, capsys):
     rows = [o for o in ROWS if o.name in ('fit_one_cycle', 'to_fp32')]
     rows += [Row('', 'a failure', '', fail), Row('', 'a package', '', skip)]

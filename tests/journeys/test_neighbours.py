@@ -252,7 +252,7 @@ def test_weak_view_is_what_validation_shows(jpegs, fake_weights):
 
 
 @pytest.mark.parametrize('presize', [False, True])
-def test_progressive_resizing(jpegs, presize):
+def test_views_follow_progressive_resizing(jpegs, presize):
     def get(size, bs):
         if presize:
             return photos(jpegs, Resize(48), bs, batch_tfms=aug_transforms(size=size), img_cls=PILImage).repeat_train(2)

@@ -1,4 +1,4 @@
-"Training on several processes: two, with gloo, on the CPU; and on DataParallel's replicas"
+"Training on two processes, with gloo, on the CPU; and on DataParallel's replicas"
 
 import os
 import socket
@@ -261,7 +261,7 @@ def launched(make_dls, pool, path):
 
 @pytest.mark.slow
 def test_notebook_launcher(make_dls, pool, tmp_path, monkeypatch):
-    "accelerate's way to several processes from a notebook"
+    "accelerate's way to more processes from a notebook"
     accelerate = pytest.importorskip('accelerate')
     monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
     with socket.create_server(('127.0.0.1', 0)) as s:

@@ -236,6 +236,7 @@ class Grads(Callback):
         self.found += [p.grad.clone() for p in self.model.parameters()]
 
 
+@pytest.mark.slow
 @few
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 4), st.integers(1, 5), st.booleans())
 def test_loaders_of_odd_shapes(make_dls, make_learner, pool, n_pool, bs, mu, n_batches, repeat):
