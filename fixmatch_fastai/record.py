@@ -272,7 +272,7 @@ def restore(self:SemiRecorder, o:dict):
 # %% ../nbs/05_record.ipynb #dfd67415
 def find_trouble(
     steps:SemiStep, # Of arrays (n,)
-    window:int      # Steps for which a thing must have lasted
+    window:int      # Steps for which trouble must have lasted
 )->dict: # Of bools, in this order: `not_finite`, `none_counts`, `one_class`
     "Is a loss not finite, has no pseudo-label counted for long, have all been of one class?"
     not_finite = not np.isfinite([steps.loss_x, steps.loss_u]).all()
