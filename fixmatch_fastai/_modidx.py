@@ -1375,6 +1375,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'fixmatch_fastai.record.SemiStep': ('record.html#semistep', 'fixmatch_fastai/record.py'),
                                         'fixmatch_fastai.record.Span': ('record.html#span', 'fixmatch_fastai/record.py'),
                                         'fixmatch_fastai.record.StepRecorder': ('record.html#steprecorder', 'fixmatch_fastai/record.py'),
+                                        'fixmatch_fastai.record.StepRecorder.__init_subclass__': ( 'record.html#steprecorder.__init_subclass__',
+                                                                                                   'fixmatch_fastai/record.py'),
                                         'fixmatch_fastai.record.StepRecorder._begin': ( 'record.html#steprecorder._begin',
                                                                                         'fixmatch_fastai/record.py'),
                                         'fixmatch_fastai.record.StepRecorder._fetch': ( 'record.html#steprecorder._fetch',
