@@ -139,10 +139,10 @@ def test_spans_go_on_after_a_resume(make_learner, tmp_path):
 
 def test_a_copy_holds_no_counts(make_learner):
     learn = make_learner()
-    learn.fix_match._recorder._span = lambda: 100
     quiet_fit(learn, 1)
-    assert learn.fix_match._recorder._said is not None
-    assert copy.deepcopy(SemiRecorder())._said is None and '_said' in SemiRecorder._stateattrs
+    assert len(learn.semi_recorder.by_class['step']) == len(learn.semi_recorder.history) == 3
+    copied = copy.copy(learn.semi_recorder)
+    assert copied.by_class == {} and len(copied.history) == 0
 
 
 def test_a_policy_must_answer_in_pictures_too(make_learner):
