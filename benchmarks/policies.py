@@ -1,6 +1,6 @@
 """Which pseudo-labels count: supervised training and every policy on the same few labels, with equal steps.
 
-Every run is a line in policies.csv, so that an interrupted benchmark goes on where it was; policies.md is the table made of it.
+Every run is a line in policies.csv, so that an interrupted benchmark goes on where it was; policies.md is its table.
 """
 
 import argparse
@@ -33,33 +33,33 @@ from fixmatch_fastai.cli import Comparison
 from fixmatch_fastai.uncertainty import FeatureDensity, MCDropout, ScoreThreshold, add_dropout, entropy, mutual_info
 
 HERE = Path(__file__).parent
-COLUMNS = [
-    'images',
-    'labels',
-    'steps',
-    'mu',
-    'method',
-    'seed',
-    'accuracy',
-    'mask_rate',
-    'pseudo_acc',
-    'cpu_seconds',
-    'n_test',
-    'hardware',
-]
+COLUMNS = 'images labels steps mu method seed accuracy mask_rate pseudo_acc cpu_seconds n_test hardware'.split()
 
 ABOUT = """# Policies, measured
 
-`make bench-policies` prints this page; every run is a line of `benchmarks/policies.csv`. The digits come with scikit-learn; CIFAR-10, from a folder of images in class folders, is measured by `make bench-policies ARGS="--images cifar10/train --name CIFAR-10 --labels 250 --seeds 2 --mu 4 --steps 300"`, with `--steps 2000 --only supervised FixMatch FlexMatch SoftMatch` for the last table (the two tables of CIFAR-10 are from before RandAugment kept to bilinear interpolation, when it drew bicubic by chance too). All methods get the same labels, starting weights and number of steps: a network of two convolutions, Adam with one cycle up to a learning rate of 0.01, the weak view for labelled images, `timm`'s RandAugment and Cutout for the strong view. The pool holds the labelled images too.
+`make bench-policies` prints this page; every run is a line of `benchmarks/policies.csv`. The digits come with
+scikit-learn; CIFAR-10, from a folder of images in class folders, is measured by `make bench-policies ARGS="--images
+cifar10/train --name CIFAR-10 --labels 250 --seeds 2 --mu 4 --steps 300"`, with `--steps 2000 --only supervised
+FixMatch FlexMatch SoftMatch` for the last table (the two tables of CIFAR-10 are from before RandAugment kept to
+bilinear interpolation, when it drew bicubic by chance too). All methods get the same labels, starting weights and
+number of steps: a network of two convolutions, Adam with one cycle up to a learning rate of 0.01, the weak view for
+labelled images, `timm`'s RandAugment and Cutout for the strong view. The pool holds the labelled images too.
 
-Settings are the defaults, except for what counts steps, which is fitted to runs as short as these: running averages with a decay of 0.99, Dash with a warm-up of 10 % of the steps and a fall at every 1 %. *entropy* is `ScoreThreshold(entropy, 0.2)`, *mutual information* `FixedThreshold() & MCDropout(mutual_info, 0.02, 5)` with dropout of 0.3 before the classifier, *feature density* `FixedThreshold() & FeatureDensity()`. The network and the learning rate are those of `make demo`, which were settled by looking at supervised training and FixMatch with 40 digits; nothing else was chosen by such results. The seconds are processor time of the training process; views are made in another.
+Settings are the defaults, except for what counts steps, which is fitted to runs as short as these: running averages
+with a decay of 0.99, Dash with a warm-up of 10 % of the steps and a fall at every 1 %. *entropy* is
+`ScoreThreshold(entropy, 0.2)`, *mutual information* `FixedThreshold() & MCDropout(mutual_info, 0.02, 5)` with
+dropout of 0.3 before the classifier, *feature density* `FixedThreshold() & FeatureDensity()`. The network and the
+learning rate are those of `make demo`, which were settled by looking at supervised training and FixMatch with 40
+digits; nothing else was chosen by such results. The seconds are processor time of the training process; views are
+made in another.
 
-Runs as short as these say how methods start, not how they end; for that see [the published numbers](../nbs/02_policy.ipynb#which-policy-when).
+Runs as short as these say how methods start, not how they end; for that see [the published
+numbers](../nbs/02_policy.ipynb#which-policy-when).
 """
 
 
 def policies(steps):
-    "Defaults of the papers, but what counts steps is fitted to as short a run as this: averages over about 100 steps, Dash's rates in percent of all"
+    "Defaults of the papers, but averages over about 100 steps, and Dash's rates in percent of all: runs are short"
     decay = 0.99
     return {
         'supervised': None,
@@ -78,12 +78,11 @@ def policies(steps):
 
 
 def hardware():
-    cpu = (
-        next((o.split(':')[1].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if 'model name' in o), '')
-        if Path('/proc/cpuinfo').exists()
-        else ''
-    )
-    return f'{cpu or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__.split("+")[0]}, fastai {fastai.__version__}'
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((o.split(':')[1].strip() for o in lines if 'model name' in o), '') or platform.machine()
+    versions = dict(Python=platform.python_version(), torch=torch.__version__.split('+')[0], fastai=fastai.__version__)
+    return ', '.join([cpu, *(f'{name} {version}' for name, version in versions.items())])
 
 
 def run(comparison, images, method, policy, seed):
@@ -112,31 +111,35 @@ def in_order(rows):
     return rows.sort_values(['images', 'labels', 'steps'], ascending=[False, True, True], kind='stable')
 
 
+def mean_and_std(values, scale=1, digits=0):
+    if values.isna().any():
+        return '–'
+    spread = f' ± {scale * values.std():.{digits}f}' if len(values) > 1 else ''
+    return f'{scale * values.mean():.{digits}f}{spread}'
+
+
 def table(rows):
     "Markdown: a table for each set of images and number of labels"
-    text = [ABOUT]
+    text = ['\n\n'.join(' '.join(paragraph.split()) for paragraph in ABOUT.split('\n\n')), '']
     for (images, labels, steps, mu), part in rows.groupby(['images', 'labels', 'steps', 'mu'], sort=False):
-        seeds = part.groupby('method').seed.nunique()
+        seeds = part.groupby('method').seed.nunique().min()
         text += [
             f'## {images}, {labels} labels, {steps:,} steps',
             '',
-            f'{steps:,} steps of 16 labelled and {16 * mu} unlabelled images, {seeds.min()} seed{"s" if seeds.min() > 1 else ""}, {part.n_test.iloc[0]} test images; mean ± standard deviation. '
-            f'`mask_rate` and `pseudo_acc` over the last tenth of the steps. {part.hardware.iloc[-1]}, one thread.',
+            f'{steps:,} steps of 16 labelled and {16 * mu} unlabelled images, {seeds} seed{"s" if seeds > 1 else ""}, '
+            f'{part.n_test.iloc[0]} test images; mean ± standard deviation. '
+            '`mask_rate` and `pseudo_acc` over the last tenth of the steps. '
+            f'{part.hardware.iloc[-1]}, one thread.',
             '',
             '| method | accuracy, % | gain over supervised, same seeds | mask_rate | pseudo_acc | CPU seconds |',
             '| --- | --- | --- | --- | --- | --- |',
         ]
         base = part[part.method == 'supervised'].set_index('seed').accuracy
-        pm = lambda s, scale=100, digits=1: (
-            '–'
-            if s.isna().any()
-            else f'{scale * s.mean():.{digits}f}' + (f' ± {scale * s.std():.{digits}f}' if len(s) > 1 else '')
-        )
         for method, o in part.groupby('method', sort=False):
-            diff = o.set_index('seed').accuracy - base if method != 'supervised' else pd.Series([float('nan')])
-            text.append(
-                f'| {method} | {pm(o.accuracy)} | {pm(diff)} | {pm(o.mask_rate, 1, 2)} | {pm(o.pseudo_acc, 1, 3)} | {o.cpu_seconds.mean():.0f} |'
-            )
+            gain = o.set_index('seed').accuracy - base if method != 'supervised' else pd.Series([float('nan')])
+            accuracies = mean_and_std(o.accuracy, 100, 1), mean_and_std(gain, 100, 1)
+            rates = mean_and_std(o.mask_rate, digits=2), mean_and_std(o.pseudo_acc, digits=3)
+            text.append(f'| {method} | {" | ".join(accuracies + rates)} | {o.cpu_seconds.mean():.0f} |')
         text.append('')
     return '\n'.join(text).rstrip() + '\n'
 
@@ -163,21 +166,14 @@ def main(argv=None):
         p.error(f'there is no method {sorted(unknown)}: use any of {list(policies(1))}')
     files = get_image_files(args.images or digits_path()).sorted()
     opts = dict(n_test=args.n_test, size=32) if args.images else dict(n_test=args.n_test or 400, flip=False)
+    opts |= dict(steps=args.steps, mu=args.mu, num_workers=args.workers, n_points=1)
     for labels in args.labels:
-        comparison = Comparison(
-            files, labels, steps=args.steps, mu=args.mu, num_workers=args.workers, n_points=1, **opts
-        )
+        comparison = Comparison(files, labels, **opts)
         for seed in range(args.seeds):
             for method in args.only or policies(1):
                 done = pd.read_csv(results) if results.exists() else pd.DataFrame(columns=COLUMNS)
-                if (
-                    (done.images == images)
-                    & (done.labels == labels)
-                    & (done.steps == args.steps)
-                    & (done.mu == args.mu)
-                    & (done.method == method)
-                    & (done.seed == seed)
-                ).any():
+                settings = dict(images=images, labels=labels, steps=args.steps, mu=args.mu, method=method, seed=seed)
+                if (done[list(settings)] == pd.Series(settings)).all(axis=1).any():
                     continue
                 row = run(comparison, images, method, policies(args.steps)[method], seed)
                 with results.open('a', newline='') as f:
@@ -185,10 +181,8 @@ def main(argv=None):
                     if f.tell() == 0:
                         writer.writeheader()
                     writer.writerow(row)
-                print(
-                    f'{images}, {labels} labels, seed {seed}: {method:<20}{100 * row["accuracy"]:5.1f} %  {row["cpu_seconds"]:5.1f} s',
-                    flush=True,
-                )
+                accuracy, seconds = f'{100 * row["accuracy"]:5.1f} %', f'{row["cpu_seconds"]:5.1f} s'
+                print(f'{images}, {labels} labels, seed {seed}: {method:<20}{accuracy}  {seconds}', flush=True)
     text = table(in_order(pd.read_csv(results)))
     new = args.out / f'policies.md.{os.getpid()}'
     new.write_text(text)

@@ -122,7 +122,7 @@ class Policy(Memory):
         n_unlabeled:int,     # Images in the pool, or `None` where it is not known
         model:nn.Module      # The model; a policy that keeps it keeps `Unseen(model)`
     ):
-        "Called once, at the first training batch: the place to `remember`"
+        "Called once, at the first training batch: here the policy calls `remember`"
 
     def __call__(self, batch:SemiBatch)->PseudoLabels:
         "What `forward` decides; it sees even logits in rows that are not finite, which then weigh nothing"

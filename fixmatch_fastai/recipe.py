@@ -56,7 +56,7 @@ def _layers(modules):
     return [o for m in modules for o in (_layers(m) if type(m) is nn.Sequential else [m])]
 
 def _split_at(model, last):
-    "`model` in two where only parameters of the group `last` follow; `None` where there is no such place"
+    "`model` in two where only parameters of the group `last` follow; `None` if there is no such cut"
     if type(model) is not nn.Sequential: return
     for k in range(1, len(model)):
         if {id(p) for p in model[k:].parameters()} != last: continue
@@ -302,7 +302,7 @@ def fine_tune_fixmatch(self:Learner,
     # The pool is left out if teacher and probe agree on a smaller share, 0 to 1, of images that the teacher is sure of
     min_agreement:float=0.5,
     # Keep BatchNorm in eval mode? In training mode photos lost ten points and more:
-    # a few images say little of what it has seen a million of
+    # a few images are a poor estimate beside the million that its statistics come from
     freeze_bn:bool=True,
     n_epoch:int=10,          # How often it is validated on the way
     cbs=None                 # More callbacks for this fit, such as `SaveFixMatch(resume=True)`

@@ -28,19 +28,24 @@ from .policy import PseudoLabels
 
 # %% ../nbs/05_record.ipynb #6cf10b86
 class StepRecorder(Callback):
-    "Adds columns to the table of a fit, and keeps numbers of each step; subclasses name both"
+    "Adds columns to the table of a fit, and keeps numbers of each step; subclasses give `step_type` and `means`"
     # after Recorder (50) has written its own names and values,
     # before TensorBoard (51), the progress bar and trackers (60) read them
     order = Recorder.order + 0.5
     _stateattrs = ('_rows','_steps')
+    step_type,default_columns = None,() # a NamedTuple of numbers, and those columns that are shown by default
     _columns,_values,_first_column = (),(),None
     _rows,_fresh,_from = (),True,0
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if 'step_type' in vars(cls): cls._steps = np.zeros((0,len(cls.step_type._fields)))
+
     def start(self,
-        columns=None # Names of those to show; default: as before
+        columns=None # Names of those to show; default: as before, or `default_columns`
     ):
         "Called as a fit begins: its first step will replace what the last fit left"
-        self._columns,self._fresh = tuple(columns or self._columns),True
+        self._columns,self._fresh = tuple(columns or self._columns or self.default_columns),True
 
     def before_fit(self):
         names = self.learn.recorder.metric_names
@@ -141,9 +146,9 @@ def _most_frequent(labels, weights):
 # %% ../nbs/05_record.ipynb #4861bc8e
 class SemiRecorder(StepRecorder):
     "Adds `loss_x`, `loss_u`, `mask_rate` and, where the truth is known, `pseudo_acc` to the columns of a fit"
-    step_type,_steps = SemiStep,np.zeros((0,len(SemiStep._fields)))
+    step_type,default_columns = SemiStep,('loss_x','loss_u','mask_rate')
     _stateattrs = (*StepRecorder._stateattrs,'trouble','_spans','_span_counts','_n_span')
-    _columns,trouble,vocab,_before_lr_find = ('loss_x','loss_u','mask_rate'),{},None,None
+    trouble,vocab,_before_lr_find = {},None,None
     _spans,_span_counts,_n_span = (),None,0 # by class: of past spans of steps, and of the present one
 
     def before_fit(self):
@@ -272,7 +277,7 @@ def restore(self:SemiRecorder, o:dict):
 # %% ../nbs/05_record.ipynb #dfd67415
 def find_trouble(
     steps:SemiStep, # Of arrays (n,)
-    window:int      # Steps for which a thing must have lasted
+    window:int      # Steps for which trouble must have lasted
 )->dict: # Of bools, in this order: `not_finite`, `none_counts`, `one_class`
     "Is a loss not finite, has no pseudo-label counted for long, have all been of one class?"
     not_finite = not np.isfinite([steps.loss_x, steps.loss_u]).all()

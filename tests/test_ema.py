@@ -502,6 +502,7 @@ def test_ctrl_c_in_lr_find(tmp_path, event, order):
 # interrupts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('order', [-20, 70], ids=['first', 'last'])
 @pytest.mark.parametrize('event', EVENTS)
 def test_average_after_an_interrupt(make_dls, tmp_path, pool, event, order):
@@ -534,6 +535,7 @@ def test_average_after_an_interrupt(make_dls, tmp_path, pool, event, order):
     assert learn.model_ema.averaged
 
 
+@pytest.mark.slow
 def test_interrupt_between_any_two_lines(tmp_path):
     "Each line of the module that runs in a fit of two epochs is interrupted once"
     module, at, n = sys.modules[ModelEMA.__module__].__file__, None, 0
@@ -579,6 +581,7 @@ def test_interrupt_between_any_two_lines(tmp_path):
         assert same(ema.state_dict()['raw'].values(), steps[-1]), line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('order', [-20, 55], ids=['first', 'last'])
 @pytest.mark.parametrize('exc', CANCELS, ids=lambda o: o.__name__)
 def test_average_after_a_cancel(tmp_path, exc, order):

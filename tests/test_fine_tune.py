@@ -171,6 +171,7 @@ def test_what_the_probe_refuses(y, net, contains):
     assert equal(before, state(learn))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arch', ['test_resnet', 'test_vit'])
 def test_heads_of_fastai_on_bodies_of_timm(make_dls, arch):
     "A head of two layers says what the probe says, on most images, and nothing but the head has changed"
@@ -207,6 +208,7 @@ class Watch(Callback):
             self.rows.append((self.learn.fix_match.warming_up, [h['lr'] for h in self.opt.hypers], norm))
 
 
+@pytest.mark.slow
 def test_stage_by_stage(make, pool_of):
     learn, watch = make(), Watch()
     dls, probed = learn.dls, make()
@@ -237,6 +239,7 @@ def test_options_of_fine_tuning(make, pool_of):
     assert learn.model[0][1].running_mean.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_again_and_after_another_fixmatch(make, pool_of):
     "The callbacks of the fit before are taken off; nothing piles up"
     learn = make()
@@ -251,6 +254,7 @@ def test_again_and_after_another_fixmatch(make, pool_of):
 INTERRUPTS = dict(before_fit=[1], after_pred=[2, 9], after_step=[4], before_validate=[2], after_fit=[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('event,times', [(event, n) for event, times in INTERRUPTS.items() for n in times])
 def test_fine_tuning_after_an_interrupt(make, pool_of, event, times):
     "In either stage, and between: the learner predicts, exports, and can be fine-tuned again"
@@ -268,6 +272,7 @@ def test_fine_tuning_after_an_interrupt(make, pool_of, event, times):
     assert len(learn.fix_match.history) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stop', [2, 7])
 def test_fine_tuning_resumes(make, pool_of, tmp_path, stop):
     "Stopped on labels alone, or with the pool, and called again: as if it had not been"

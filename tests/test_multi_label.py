@@ -570,6 +570,7 @@ def warned(learn, n=1):
     return [str(o.message) for o in said if 'usually helps' in str(o.message)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'targets,weights,says',
     [

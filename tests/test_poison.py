@@ -262,6 +262,7 @@ def test_everything_poisoned_at_once(name, poison):
     follow_both(policy, clean, steps[8:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('way', ['state_dict', 'state_dict before set-up', 'pickle', 'deepcopy'])
 @pytest.mark.parametrize('poison', ['row of nan', 'all nan'])
 @every_policy
@@ -458,6 +459,7 @@ def trained(make_dls, make_learner, forward, value, policy, view):
     return seen.grads, [p.detach() for p in learn.model.parameters()], learn.fix_match.history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('view', [0, 1], ids=['weak', 'strong'])
 @pytest.mark.parametrize('threshold', [0.0, 1.0], ids=['weight 1', 'weight 0'])
 @pytest.mark.parametrize('value', [nan, inf, -inf])

@@ -732,6 +732,7 @@ def in_two_processes(tmp_path_factory):
     return [torch.load(folder / f'{rank}.pt') for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name,how', TOGETHER)
 def test_two_processes_are_as_one(in_two_processes, name, how):
     policy = ready(POLICIES[name]())
@@ -745,6 +746,7 @@ def test_two_processes_are_as_one(in_two_processes, name, how):
             torch.testing.assert_close(one[i], torch.cat([a[i], b[i]]), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_know_one_density(in_two_processes):
     whole, memory = density_run()
     (weights_0, memory_0), (weights_1, memory_1) = (done['density'] for done in in_two_processes)

@@ -570,6 +570,7 @@ def test_feature_density_state():
         torch.testing.assert_close(v, before[k], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_density_tells_noise_from_digits(make_learner):
     learn = make_learner()
     quiet_fit(learn, 6, 1e-2)
