@@ -1,4 +1,6 @@
-"""How fast: views, steps, and how they grow, as ratios of medians of runs in turn, so that a busy machine slows all of them alike.
+"""How fast: views, steps, and how they grow.
+
+Ratios of medians of runs that take turns, so that a busy machine slows all of them alike.
 
 make bench                          on the CPU: all but the accuracies take about ten minutes on one core
 make bench ARGS="--only steps"      one table; the others stay as they are
@@ -94,19 +96,20 @@ def table(head, rows):
     return row(*head) + row(*['---'] * len(head)) + ''.join(row(*o) for o in rows)
 
 
-# --- views -------------------------------------------------------------------------------------------------------------------------------
+# --- views -----------------------------------------------------------------------------------------------------------
 
 
 def photo(size, seed=0):
     "Something with colours, edges and texture"
     rng = np.random.default_rng(seed)
-    img = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    img = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    img = img.resize((size, size), Image.Resampling.BICUBIC)
     noise = rng.integers(-20, 20, (size, size, 3))
     return Image.fromarray((np.array(img) + noise).clip(0, 255).astype(np.uint8))
 
 
 class Plain:
-    "The plain recipe of many tutorials: flip; flip and timm's RandAugment; both to tensors and normalised on the CPU; no shift, no Cutout"
+    "The plain recipe of many tutorials: a flip, timm's RandAugment for one view, both normalised; no shift, no Cutout"
 
     def __init__(self, size):
         finish = [T.ToTensor(), T.Normalize(*imagenet_stats)]
@@ -148,12 +151,14 @@ def bench_views(args):
         times = in_turn(methods, args.rounds * 3)
         to = ratio(times, 'plain')
         speed = {k: 1 / statistics.median(v) for k, v in times.items()}
-        rows.append([f'{size} px', *(f'{speed[k]:,.0f}' for k in methods), *(f'{1 / to[k]:.2f}×' for k in ('workers', 'batch'))])
+        ratios = (f'{1 / to[k]:.2f}×' for k in ('workers', 'batch'))
+        rows.append([f'{size} px', *(f'{speed[k]:,.0f}' for k in methods), *ratios])
         print(rows[-1], flush=True)
-    text = table(['', 'plain recipe', '`FixMatchTransform`', '`FixMatchBatchTransform`', 'ratio', 'ratio of the batch'], rows)
-    text += f'\nImages a second on one core, two views of each, medians of {3 * args.rounds} rounds; decoding and resizing left out. '
-    text += (
-        'The plain recipe flips, applies RandAugment to one view and normalises both; ours shift and cut out besides, and leave normalising to the device.\n'
+    head = ['', 'plain recipe', '`FixMatchTransform`', '`FixMatchBatchTransform`', 'ratio', 'ratio of the batch']
+    text = table(head, rows) + (
+        f'\nImages a second on one core, two views of each, medians of {3 * args.rounds} rounds; '
+        'decoding and resizing left out. The plain recipe flips, applies RandAugment to one view and normalises both; '
+        'ours shift and cut out besides, and leave normalising to the device.\n'
     )
     if args.device == 'cuda':
         text += f'\nOn the GPU, both views of 448 images of 32×32: {1e3 * views_of_448(args.device):.2f} ms.\n'
@@ -167,7 +172,7 @@ def views_of_448(device, times=20):
     return statistics.median(in_batches(FixMatchBatchTransform(), x, times) for _ in range(7)) * len(x)
 
 
-# --- steps -------------------------------------------------------------------------------------------------------------------------------
+# --- steps -----------------------------------------------------------------------------------------------------------
 
 
 NETS = {
@@ -278,30 +283,26 @@ def bench_steps(args):
             for forward in FORWARDS:
                 methods[forward] = Ours(NETS[name](), data, args.device, amp, forward)
             methods['selective, 1 in 8'] = Ours(NETS[name](), data, args.device, amp, 'selective', 1 / 8)
-            methods['split, teacher'] = Ours(NETS[name](), data, args.device, amp, 'split', teacher=ModelEMA(half_life=2))
+            teacher = ModelEMA(half_life=2)
+            methods['split, teacher'] = Ours(NETS[name](), data, args.device, amp, 'split', teacher=teacher)
             times = in_turn(methods, args.rounds)
             to_joint, to_bare, to_split = (ratio(times, o) for o in ('joint', 'bare', 'split'))
             ms = {k: f'{1e3 * statistics.median(v):.0f} ms' for k, v in times.items()}
-            rows.append(
-                [
-                    name,
-                    ms['bare'],
-                    ms['joint'],
-                    f'{to_bare["joint"]:.2f}',
-                    *(f'{to_joint[k]:.2f}' for k in list(methods)[2:-1]),
-                    f'{to_split["split, teacher"]:.2f}',
-                ]
-            )
+            ratios = [to_bare['joint'], *(to_joint[k] for k in list(methods)[2:-1]), to_split['split, teacher']]
+            rows.append([name, ms['bare'], ms['joint'], *(f'{o:.2f}' for o in ratios)])
             print(rows[-1], flush=True)
-        head = ['', 'bare loop', 'joint', 'joint / bare', 'split / joint', 'selective / joint', 'selective, 1 in 8 / joint', 'teacher / split']
-        text += f'{b} labelled images, mu {mu}, 32×32 pixels, {"bf16" if amp else "float32"}:\n\n' + table(head, rows) + '\n'
-    return (
-        text
-        + f'Medians of {args.rounds} rounds. A bare loop does the same forward and backward passes in plain PyTorch, on the same tensors. In *selective* half of the pseudo-labels count; in the next column one in eight. In the last one the pseudo-labels are those of an average, as in `fine_tune_fixmatch`.\n'
+        head = ['', 'bare loop', 'joint', 'joint / bare', 'split / joint', 'selective / joint']
+        head += ['selective, 1 in 8 / joint', 'teacher / split']
+        text += f'{b} labelled images, mu {mu}, 32×32 pixels, {"bf16" if amp else "float32"}:\n\n'
+        text += table(head, rows) + '\n'
+    return text + (
+        f'Medians of {args.rounds} rounds. A bare loop does the same forward and backward passes in plain PyTorch, '
+        'on the same tensors. In *selective* half of the pseudo-labels count; in the next column one in eight. '
+        'In the last one the pseudo-labels are those of an average, as in `fine_tune_fixmatch`.\n'
     )
 
 
-# --- memory ------------------------------------------------------------------------------------------------------------------------------
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 def memory(kind):
@@ -341,23 +342,26 @@ def bench_memory(args):
     print(found, flush=True)
     rows = [[o, f'{v / 1e6:,.0f} MB', f'{v / found["joint"]:.2f}'] for o, v in found.items()]
     b = 64 if args.device == 'cuda' else 8
-    return (
-        table(['', 'peak memory of a step', 'to joint'], rows)
-        + f'\nWRN-28-2, {b} labelled images, mu 7, 32×32 pixels, float32, half of the pseudo-labels counting; model, optimiser and loaded images left out.\n'
+    return table(['', 'peak memory of a step', 'to joint'], rows) + (
+        f'\nWRN-28-2, {b} labelled images, mu 7, 32×32 pixels, float32, half of the pseudo-labels counting; '
+        'model, optimiser and loaded images left out.\n'
     )
 
 
-# --- growth ------------------------------------------------------------------------------------------------------------------------------
+# --- growth ----------------------------------------------------------------------------------------------------------
 
 
 def bench_mu(args):
     mus = (1, 3, 7)
-    methods = {(mu, f): Ours(NETS['ResNet-18'](), batch(4, mu, args.device), args.device, False, f) for mu in mus for f in FORWARDS}
+    data = {mu: batch(4, mu, args.device) for mu in mus}
+    methods = {
+        (mu, f): Ours(NETS['ResNet-18'](), data[mu], args.device, False, f) for mu in mus for f in FORWARDS
+    }
     to = ratio(in_turn(methods, args.rounds), (1, 'joint'))
     rows = [[f'mu {mu}', f'{4 + 8 * mu}', *(f'{to[mu, f]:.2f}' for f in FORWARDS)] for mu in mus]
-    return (
-        table(['', 'images in the joint pass', *FORWARDS], rows)
-        + f'\nStep time of a ResNet-18 with 4 labelled images, relative to the joint pass at mu 1; medians of {args.rounds} rounds.\n'
+    return table(['', 'images in the joint pass', *FORWARDS], rows) + (
+        '\nStep time of a ResNet-18 with 4 labelled images, relative to the joint pass at mu 1; '
+        f'medians of {args.rounds} rounds.\n'
     )
 
 
@@ -366,7 +370,10 @@ def start_up(n):
     files = get_image_files(digits_path()).sorted()
     items = [files[i % len(files)] for i in range(n)]
     block = DataBlock(
-        (ImageBlock, CategoryBlock), get_y=parent_label, splitter=IndexSplitter(range(40, 60)), batch_tfms=Normalize.from_stats(*imagenet_stats, cuda=False)
+        (ImageBlock, CategoryBlock),
+        get_y=parent_label,
+        splitter=IndexSplitter(range(40, 60)),
+        batch_tfms=Normalize.from_stats(*imagenet_stats, cuda=False),
     )
     dls = block.dataloaders(files[:60], bs=4, num_workers=0)
     next(dls.unlabeled_dl(files[:100]).stream())
@@ -384,15 +391,16 @@ def bench_pool(args):
     rows = []
     for n in (1000, 100_000, 1_000_000):
         first, each, taken = alone('--pool', str(n))
-        rows.append([f'{n:,}', f'{first:.2f} s', f'{1e3 * each:.0f} ms', f'{taken / 1e6:.0f} MB', f'{taken / n:.0f}' if n > 1000 else ''])
+        of_each = f'{taken / n:.0f}' if n > 1000 else ''
+        rows.append([f'{n:,}', f'{first:.2f} s', f'{1e3 * each:.0f} ms', f'{taken / 1e6:.0f} MB', of_each])
         print(rows[-1], flush=True)
-    return (
-        table(['images in the pool', 'to the first batch', 'each batch after', 'memory taken', 'bytes for each image'], rows)
-        + '\n28 images in a batch, no workers; the list of paths itself not counted. No image is held.\n'
+    head = ['images in the pool', 'to the first batch', 'each batch after', 'memory taken', 'bytes for each image']
+    return table(head, rows) + (
+        '\n28 images in a batch, no workers; the list of paths itself not counted. No image is held.\n'
     )
 
 
-# --- accuracy ----------------------------------------------------------------------------------------------------------------------------
+# --- accuracy --------------------------------------------------------------------------------------------------------
 
 
 class OneOf(Comparison):
@@ -417,15 +425,16 @@ def bench_accuracy(args):
             accs[forward].append(100 * learn.recorder.values[-1][2])
             seconds[forward].append(time.process_time() - start)
         print({k: v[-1] for k, v in accs.items()}, flush=True)
-    rows = [[o, f'{statistics.mean(accs[o]):.1f} ± {statistics.stdev(accs[o]):.1f}', f'{statistics.mean(seconds[o]):.0f} s'] for o in FORWARDS]
-    n = len(comparison.test)
+    mean, std = statistics.mean, statistics.stdev
+    rows = [[o, f'{mean(accs[o]):.1f} ± {std(accs[o]):.1f}', f'{mean(seconds[o]):.0f} s'] for o in FORWARDS]
     return table(['', 'accuracy, %', 'processor time'], rows) + (
-        f'\nDigits, 40 labels, mu 7, 400 steps, the network of `make demo` (two convolutions with BatchNorm), {args.seeds} seeds, {n} test images; mean ± standard deviation. '
+        '\nDigits, 40 labels, mu 7, 400 steps, the network of `make demo` (two convolutions with BatchNorm), '
+        f'{args.seeds} seeds, {len(comparison.test)} test images; mean ± standard deviation. '
         'Processor time is that of the training process; views are made in another.\n'
     )
 
 
-# --- waiting -----------------------------------------------------------------------------------------------------------------------------
+# --- waiting ---------------------------------------------------------------------------------------------------------
 
 
 class Fresh:
@@ -470,15 +479,16 @@ def waiting(device, b=64, steps=60):
                 learn.fit(1)
             first, last = stamps.stamps[steps // 3], stamps.stamps[-1]  # workers have started by then
             step = (last - first) / (steps - 1 - steps // 3)
-            rows.append([name, workers, forward, f'{1e3 * base:.0f} ms', f'{1e3 * step:.0f} ms', f'{max(0, 1 - base / step):.0%}'])
+            waited = f'{max(0, 1 - base / step):.0%}'
+            rows.append([name, workers, forward, f'{1e3 * base:.0f} ms', f'{1e3 * step:.0f} ms', waited])
             print(rows[-1], flush=True)
-    return (
-        table(['views', 'workers', 'forward', 'step alone', 'step with views', 'waiting'], rows)
-        + f'\nWRN-28-2 in {"bf16" if amp else "float32"}, {b} labelled images, mu 7, cached digits at 32×32; {cores} cores.\n'
+    return table(['views', 'workers', 'forward', 'step alone', 'step with views', 'waiting'], rows) + (
+        f'\nWRN-28-2 in {"bf16" if amp else "float32"}, {b} labelled images, mu 7, cached digits at 32×32; '
+        f'{cores} cores.\n'
     )
 
 
-# --- the page ----------------------------------------------------------------------------------------------------------------------------
+# --- the page --------------------------------------------------------------------------------------------------------
 
 TABLES = {
     'views': ('Views', bench_views),
@@ -489,17 +499,20 @@ TABLES = {
     'pool': ('Growth with the pool', bench_pool),
     'waiting': ('Waiting for views', bench_waiting),
 }
-ABOUT = """# Speed, measured
-
-`make bench` measures and writes this page (`make bench ARGS="--only steps"` one table of it, `ARGS="--device cuda"` on a GPU). Compared are medians over rounds in which the methods take turns; a ratio is taken within each round. Times of a shared machine are noisy, ratios less so.
-"""
+ABOUT = (
+    '# Speed, measured\n\n'
+    '`make bench` measures and writes this page (`make bench ARGS="--only steps"` one table of it, '
+    '`ARGS="--device cuda"` on a GPU). Compared are medians over rounds in which the methods take turns; '
+    'a ratio is taken within each round. Times of a shared machine are noisy, ratios less so.\n'
+)
 
 
 def hardware(device):
     name = torch.cuda.get_device_name() if device == 'cuda' else ''
     if not name and (info := Path('/proc/cpuinfo')).exists():
         name = re.search(r'model name\s*:\s*(.*)', info.read_text())[1] + ', one thread'
-    return f'{name or platform.processor()}; Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}, timm {timm.__version__}, Pillow {PIL.__version__}'
+    versions = f'Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}'
+    return f'{name or platform.processor()}; {versions}, timm {timm.__version__}, Pillow {PIL.__version__}'
 
 
 def page(results):
