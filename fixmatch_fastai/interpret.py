@@ -6,7 +6,7 @@
 __all__ = ['PseudoLabelInterpretation', 'plot_to_label', 'select_to_label', 'ShowPseudoLabels']
 
 # %% ../nbs/10_interpret.ipynb #a5de078e
-import itertools,warnings
+import warnings
 from functools import partial
 
 import matplotlib.pyplot as plt
@@ -16,7 +16,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
-from fastai.torch_basics import Path, Tensor, nn, patch, to_device
+from fastai.torch_basics import Path, Tensor, nn, noop, patch, store_attr, to_device
 from fastcore.xtras import truncstr
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -33,7 +33,7 @@ from .uncertainty import eval_logits, one_minus_margin, penultimate
 
 # %% ../nbs/10_interpret.ipynb #17497cde
 class _Plain(torch.utils.data.Dataset):
-    "Image `i` of the pool without chance, its class or -1, its place; or its place and why it can't be opened"
+    "Image `i` of the pool without chance, its class or -1, and `i`; or `i` and why it can't be opened"
     def __init__(self, views): self.views = views
     def __len__(self): return len(self.views)
     def __getitem__(self, i):
@@ -43,35 +43,31 @@ class _Plain(torch.utils.data.Dataset):
         return x,(y[0] if y else -1),i
 
 def _collate_plain(samples):
-    "`(images, truth, places)` or `None` in their place, and the errors by place"
-    there,errors = [o for o in samples if len(o) == 3],dict(o for o in samples if len(o) == 2)
-    return (torch.stack([o[0] for o in there]),*(torch.tensor(o) for o in list(zip(*there))[1:])) if there else None,errors
+    "`(images, truth, idxs)`, or `None` where none can be opened, and the errors by idx"
+    errors = dict(o for o in samples if len(o) == 2)
+    opened = [o for o in samples if len(o) == 3]
+    if not opened: return None,errors
+    images,truth,idxs = zip(*opened)
+    return (torch.stack(images),torch.tensor(truth),torch.tensor(idxs)),errors
 
-def _plain_batches(views, bs, num_workers=0):
-    return torch.utils.data.DataLoader(_Plain(views), bs, collate_fn=_collate_plain, num_workers=num_workers)
+def _plain_batches(ds, bs, num_workers=0):
+    return torch.utils.data.DataLoader(ds, bs, collate_fn=_collate_plain, num_workers=num_workers)
 
 def _batches(learn, dl):
-    "Of one pass: `(images, truth or None, places, errors by place)`"
+    "Of one pass: `(images, truth or None, idxs)`, or `None` where none can be opened, and errors by idx"
     if isinstance(dl, UnlabeledDL):
-        views = dl.dataset.following(learn.dls)
-        for b,errors in _plain_batches(views, dl.bs, dl.fake_l.num_workers):
-            if b is None: yield torch.zeros(0),None,torch.zeros(0, dtype=torch.long),errors
-            else: yield b[0],b[1] if dl.knows_truth else None,b[2],errors
-    else:
-        n,shuffled = 0,isinstance(getattr(dl, 'sampler', None), torch.utils.data.RandomSampler)
-        for weak,_,truth,idxs in map(unpack, dl):
-            if idxs is None: idxs = torch.full((len(weak),), -1) if shuffled else torch.arange(n, n+len(weak))
-            yield weak,truth,idxs.cpu(),{}
-            n += len(weak)
+        ds = _Plain(dl.dataset.following(learn.dls))
+        for batch,errors in _plain_batches(ds, dl.bs, dl.fake_l.num_workers):
+            if batch and not dl.knows_truth: batch = batch[0],None,batch[2]
+            yield batch,errors
+        return
+    n,shuffled = 0,isinstance(getattr(dl, 'sampler', None), torch.utils.data.RandomSampler)
+    for weak,_,truth,idxs in map(unpack, dl):
+        if idxs is None: idxs = torch.full((len(weak),), -1) if shuffled else torch.arange(n, n+len(weak))
+        yield (weak,truth,idxs.cpu()),{}
+        n += len(weak)
 
 # %% ../nbs/10_interpret.ipynb #f121c4ff
-def _items(dl):
-    "What the pool's images are known by: files, where there are any; or `None`"
-    ds = getattr(dl, 'dataset', None)
-    if isinstance(dl, UnlabeledDL): return ds.items
-    samples = getattr(ds, 'samples', None) # of torchvision's folders
-    return [o[0] for o in samples] if samples else None
-
 class PseudoLabelInterpretation:
     "What a learner thinks of a pool of unlabelled images, and what counts of it"
     def __init__(self,
@@ -81,45 +77,13 @@ class PseudoLabelInterpretation:
         targets:Tensor, # Pseudo-labels, classes (N,)
         weights:Tensor, # How much each counts, float32 (N,) in 0 to 1
         truth:Tensor,   # Classes (N,), -1 where unknown; `None` where none is known
-        idxs:Tensor,    # Places in the pool (N,), -1 where the loader does not tell
+        idxs:Tensor,    # Numbers in the pool (N,), -1 where the loader does not tell
         policy,         # What decided
-        damaged:dict    # Errors of images that can't be opened, by place
+        damaged:dict    # Errors of images that can't be opened, by number in the pool
     ):
-        self.learn,self.dl,self.probs,self.targets,self.weights,self.truth,self.idxs,self.policy,self.damaged = learn,dl,probs,targets,weights,truth,idxs,policy,damaged
+        store_attr()
         vocab = getattr(learn.dls, 'vocab', None)
         self.vocab = [str(o) for o in (range(probs.shape[1]) if vocab is None else vocab)]
-
-    @classmethod
-    def from_learner(cls,
-        learn:Learner,     # Trained, with `FixMatch` or without
-        unlabeled_dl=None, # A loader as `FixMatch` takes; default: that of its `FixMatch`
-        policy=None        # Decides what counts; default: that of its `FixMatch`, or `FixedThreshold()`
-    ):
-        "Run the model over the pool once"
-        fm = next(iter(learn._grab_cbs(FixMatch)), None)
-        dl = unlabeled_dl if unlabeled_dl is not None else fm and fm.unlabeled_dl
-        if dl is None: raise ValueError("There are no unlabelled images to look at: give `unlabeled_dl`, made with `learn.dls.unlabeled_dl(files)`.")
-        if fm is not None and policy is None: return cls._look(learn, dl, fm)
-        with learn.removed_cbs([fm] if fm is not None else []), learn.added_cbs(FixMatch(dl, policy=policy)): return cls._look(learn, dl, learn.fix_match)
-
-    @classmethod
-    def _look(cls, learn, dl, fm):
-        if fm.policy.multi_label: raise ValueError(f"PseudoLabelInterpretation is for one class in each image, and {type(fm.policy).__name__} for several: `learn.fix_match.show_pseudo_labels()` shows those.")
-        device = next(learn.model.parameters()).device
-        known = fm.peek(1, labeled=True)[0] if fm.policy.needs_labeled else SemiBatch()
-        found,damaged = [],{}
-        for x,truth,idxs,errors in _batches(learn, dl):
-            damaged.update(errors)
-            if len(x) == 0: continue
-            x = finished(to_device(x, device), learn.dls)
-            logits = eval_logits(learn.model, x, None)
-            idxs_known = idxs.to(device) if dl is fm.unlabeled_dl else torch.zeros_like(idxs, device=device) # of other pools a policy has no notes
-            targets,weights = fm.decide(known._replace(weak=x, idxs=idxs_known, logits_weak=logits))
-            if targets.ndim == 2: targets = targets.argmax(1)
-            found.append([o.cpu() for o in (logits.softmax(1), targets, weights, torch.full((len(x),), -1) if truth is None else truth, idxs)])
-        if not found: raise ValueError("None of the pool's images can be opened: check the files.")
-        probs,targets,weights,truth,idxs = map(torch.cat, zip(*found))
-        return cls(learn, dl, probs, targets, weights, truth if (truth >= 0).any() else None, idxs, fm.policy, damaged)
 
     @property
     def confidence(self)->Tensor: # float32 (N,)
@@ -141,55 +105,98 @@ class PseudoLabelInterpretation:
     def __len__(self): return len(self.probs)
 
     def __repr__(self):
-        n,counted = len(self),int(self.counted.sum())
-        said = f'{n:,} unlabelled images, {counted:,} pseudo-labels count ({counted/n:.0%})'
-        if (judged := int((self.counted & self.known).sum())): said += f', {(self.right & self.counted)[self.known].sum()/judged:.1%} of them right'
-        return said + (f'; {len(self.damaged):,} images can\'t be opened' if self.damaged else '')
+        n,counted,judged = len(self),int(self.counted.sum()),self.counted & self.known
+        parts = f'{n:,} unlabelled images, {counted:,} pseudo-labels count ({counted/n:.0%})'
+        if judged.any(): parts += f', {self.right[judged].sum()/judged.sum():.1%} of them right'
+        return parts + (f"; {len(self.damaged):,} images can't be opened" if self.damaged else '')
 
-    def _need_truth(self):
-        if self.truth is None: raise ValueError("The true classes are not known, so there is nothing to compare with: make the loader with `dls.unlabeled_dl(files, label_func=...)`.")
+    def _check_truth(self):
+        if self.truth is not None: return
+        raise ValueError("The true classes are not known, so there is nothing to compare with: make the loader with "
+                         "`dls.unlabeled_dl(files, label_func=...)`.")
+
+# %% ../nbs/10_interpret.ipynb #32ad9a25
+@patch(cls_method=True)
+def from_learner(cls:PseudoLabelInterpretation,
+    learn:Learner,     # Trained, with `FixMatch` or without
+    unlabeled_dl=None, # A loader as `FixMatch` takes; default: that of its `FixMatch`
+    policy=None        # Decides what counts; default: that of its `FixMatch`, or `FixedThreshold()`
+):
+    "Run the model over the pool once"
+    fm = next(iter(learn._grab_cbs(FixMatch)), None)
+    dl = unlabeled_dl if unlabeled_dl is not None else fm and fm.unlabeled_dl
+    if dl is None:
+        raise ValueError("There are no unlabelled images to look at: give `unlabeled_dl`, made with "
+                         "`learn.dls.unlabeled_dl(files)`.")
+    if fm is not None and policy is None: return _interpret(cls, learn, dl, fm)
+    with learn.removed_cbs([fm] if fm is not None else []), learn.added_cbs(FixMatch(dl, policy=policy)):
+        return _interpret(cls, learn, dl, learn.fix_match)
+
+def _interpret(cls, learn, dl, fm):
+    policy = fm.policy
+    if policy.multi_label:
+        raise ValueError(f"PseudoLabelInterpretation is for one class in each image, and {type(policy).__name__} "
+                         "for several: `learn.fix_match.show_pseudo_labels()` shows those.")
+    device,found,damaged = next(learn.model.parameters()).device,[],{}
+    known = fm.peek(1, labeled=True)[0] if policy.needs_labeled else SemiBatch()
+    for batch,errors in _batches(learn, dl):
+        damaged.update(errors)
+        if batch is None or not len(batch[0]): continue
+        x,truth,idxs = finished(to_device(batch[0], device), learn.dls),*batch[1:]
+        logits = eval_logits(learn.model, x, None)
+        noted = idxs if dl is fm.unlabeled_dl else torch.zeros_like(idxs) # of other pools a policy has no notes
+        targets,weights = fm.decide(known._replace(weak=x, idxs=noted.to(device), logits_weak=logits))
+        if targets.ndim == 2: targets = targets.argmax(1)
+        truth = torch.full((len(x),), -1) if truth is None else truth
+        found.append([o.cpu() for o in (logits.softmax(1), targets, weights, truth, idxs)])
+    if not found: raise ValueError("None of the pool's images can be opened: check the files.")
+    probs,targets,weights,truth,idxs = map(torch.cat, zip(*found))
+    truth = truth if (truth >= 0).any() else None
+    return cls(learn, dl, probs, targets, weights, truth, idxs, policy, damaged)
 
 # %% ../nbs/10_interpret.ipynb #a57bb01b
-@patch
-def to_df(self:PseudoLabelInterpretation)->pd.DataFrame: # A row for each image that could be opened
-    "`item`, `predicted`, `confidence`, `weight` and, where truths are known, `truth` and `right`"
-    df = pd.DataFrame(dict(item=self.items(), predicted=[self.vocab[i] for i in self.targets], confidence=self.confidence.numpy(), weight=self.weights.numpy()))
-    if self.truth is None: return df
-    known = self.known.tolist()
-    return df.assign(truth=[self.vocab[i] if k else None for i,k in zip(self.truth, known)], right=[bool(o) if k else None for o,k in zip(self.right, known)])
+def _items(dl):
+    "What the pool's images are known by: files, where there are any; or `None`"
+    ds = getattr(dl, 'dataset', None)
+    if isinstance(dl, UnlabeledDL): return ds.items
+    samples = getattr(ds, 'samples', None) # of torchvision's folders
+    return [o[0] for o in samples] if samples else None
 
 @patch
 def items(self:PseudoLabelInterpretation, rows=None)->list:
-    "Files of `rows`, default all; places in the pool where images are no files; `None` where the loader does not tell which image is which"
+    """Files of `rows`, default all; numbers in the pool where images are no files; `None` where the loader does not
+    tell which image is which"""
     pool,idxs = _items(self.dl),(self.idxs if rows is None else self.idxs[rows]).tolist()
-    def of(i):
+    def item(i):
         if i < 0: return None
         o = i if pool is None else item_at(pool, i)
         return o if isinstance(o, (str,Path)) else i
-    return [of(i) for i in idxs]
+    return [item(i) for i in idxs]
+
+@patch
+def to_df(self:PseudoLabelInterpretation)->pd.DataFrame: # A row for each image that could be opened
+    "`item`, `predicted`, `confidence`, `weight` and, where truths are known, `truth` and `right`"
+    df = pd.DataFrame(dict(item=self.items(), predicted=[self.vocab[i] for i in self.targets],
+                           confidence=self.confidence.numpy(), weight=self.weights.numpy()))
+    if self.truth is None: return df
+    known = self.known.tolist()
+    return df.assign(truth=[self.vocab[i] if k else None for i,k in zip(self.truth, known)],
+                     right=[bool(o) if k else None for o,k in zip(self.right, known)])
 
 # %% ../nbs/10_interpret.ipynb #92d80cfe
 @patch
-def acceptance(self:PseudoLabelInterpretation)->pd.DataFrame: # A row for each class that the model says
-    "Images said to be of a class, how many of these count, share, mean confidence and, where truths are known, how many of those that count are right"
+def acceptance(self:PseudoLabelInterpretation)->pd.DataFrame: # A row for each class
+    """Of the images that the model takes for a class: how many, how many of these count, their share, mean confidence
+    and, where truths are known, how many of those that count are right"""
     df = self.to_df()
     df['counted'] = df.weight > 0
-    by = df.groupby(pd.Categorical(df.predicted, self.vocab), observed=False)
-    out = pd.DataFrame(dict(images=by.size(), counted=by.counted.sum(), share=by.counted.mean(), confidence=by.confidence.mean())).rename_axis('predicted')
+    by_class = lambda df: df.groupby(pd.Categorical(df.predicted, self.vocab), observed=False)
+    by = by_class(df)
+    out = pd.DataFrame(dict(images=by.size(), counted=by.counted.sum(), share=by.counted.mean(),
+                            confidence=by.confidence.mean())).rename_axis('predicted')
     if self.truth is None: return out
-    known = df[df.counted & df.right.notna()]
-    by = known.right.astype(bool).groupby(pd.Categorical(known.predicted, self.vocab), observed=False)
-    return out.assign(known=by.size(), right=by.sum().astype(int))
-
-def _barh(ax, parts, names):
-    "Stacked horizontal bars: `(widths, colour, label)` each"
-    left = np.zeros(len(names))
-    for widths,color,label in parts:
-        if not np.any(widths): continue
-        ax.barh(np.arange(len(names)), widths, left=left, color=color, label=label, height=.8)
-        left = left + widths
-    ax.set(yticks=np.arange(len(names)), ylim=(len(names)-.4, -.6))
-    ax.set_yticklabels(names, fontsize=9 if len(names) <= 20 else 7, parse_math=False)
+    by = by_class(df[df.counted & df.right.notna()].astype({'right': bool}))
+    return out.assign(known=by.size(), right=by.right.sum().astype(int))
 
 @patch
 def plot_acceptance(self:PseudoLabelInterpretation,
@@ -199,11 +206,17 @@ def plot_acceptance(self:PseudoLabelInterpretation,
     "Draw for each class how many pseudo-labels there are, and how many count, right and wrong"
     df = self.acceptance()
     if len(df) > max_n: df = df[df.images > 0].nsmallest(max_n, 'share', keep='first')
+    if self.truth is None: df = df.assign(right=0, known=0)
     ax = ax or plt.subplots(figsize=(6, 1.1+.26*len(df)), layout='constrained')[1]
-    right,wrong = (df.right,df.known-df.right) if self.truth is not None else (0*df.counted,0*df.counted)
-    _barh(ax, [(right.values, 'tab:green', 'counts, right'), (wrong.values, 'tab:red', 'counts, wrong'), ((df.counted-right-wrong).values, 'tab:blue', 'counts'),
-               ((df.images-df.counted).values, '0.85', 'does not count')], df.index)
-    ax.set(xlabel='unlabelled images', ylabel='pseudo-label', title=f'{int(self.counted.sum()):,} of {len(self):,} pseudo-labels count')
+    bars = [(df.right, 'tab:green', 'counts, right'), (df.known-df.right, 'tab:red', 'counts, wrong'),
+            (df.counted-df.known, 'tab:blue', 'counts'), (df.images-df.counted, '0.85', 'does not count')]
+    left,y = np.zeros(len(df)),np.arange(len(df))
+    for widths,color,label in bars:
+        if widths.any(): ax.barh(y, widths, left=left, color=color, label=label, height=.8)
+        left = left + widths.values
+    ax.set(yticks=y, ylim=(len(df)-.4, -.6), xlabel='unlabelled images', ylabel='pseudo-label',
+           title=f'{int(self.counted.sum()):,} of {len(self):,} pseudo-labels count')
+    ax.set_yticklabels(df.index, fontsize=9 if len(df) <= 20 else 7, parse_math=False)
     legend_below(ax, 4)
     return ax
 
@@ -213,9 +226,20 @@ def confusion_matrix(self:PseudoLabelInterpretation,
     counted:bool=True # Only pseudo-labels that count?
 )->np.ndarray: # (C, C), rows are true classes, columns pseudo-labels
     "How many images of each true class got which pseudo-label"
-    self._need_truth()
+    self._check_truth()
     among,n = self.known & self.counted if counted else self.known,len(self.vocab)
     return torch.bincount(self.truth[among]*n + self.targets[among], minlength=n*n).view(n, n).numpy()
+
+@patch
+def most_confused(self:PseudoLabelInterpretation,
+    min_val:int=1,    # Times at least
+    counted:bool=True # Only pseudo-labels that count?
+)->list: # Of `(truth, pseudo-label, times)`
+    "What is taken for what, most often first"
+    cm = self.confusion_matrix(counted)
+    np.fill_diagonal(cm, 0)
+    pairs = np.argwhere(cm >= max(min_val, 1))
+    return sorted([(self.vocab[i],self.vocab[j],int(cm[i,j])) for i,j in pairs], key=lambda o: -o[2])
 
 @patch
 def plot_confusion_matrix(self:PseudoLabelInterpretation,
@@ -230,28 +254,19 @@ def plot_confusion_matrix(self:PseudoLabelInterpretation,
     "Draw the confusion matrix, as fastai's `ClassificationInterpretation` does"
     cm = self.confusion_matrix(counted)
     shown = cm/np.maximum(cm.sum(1, keepdims=True), 1) if normalize else cm
-    n = len(cm)
-    names = [truncstr(str(o), 30, suf='…') for o in self.vocab]
-    side = min(.42*n+1.6, 12)+.075*max(0, max(map(len, names))-4) # beside the names the matrix keeps its size
+    names = [truncstr(o, 30, suf='…') for o in self.vocab]
+    n,longest = len(cm),max(map(len, names))
+    side = min(.42*n+1.6, 12)+.075*max(0, longest-4) # beside the names the matrix keeps its size
     ax = plt.subplots(figsize=figsize or (side,side), layout='constrained')[1]
     ax.imshow(shown, cmap=cmap)
-    ax.set(xticks=range(n), yticks=range(n), xlabel='pseudo-label', ylabel='truth', title=title or ('pseudo-labels that count' if counted else 'all pseudo-labels'))
-    ax.set_xticklabels(names, rotation=90 if max(map(len, names)) > 2 else 0, parse_math=False)
+    title = title or ('pseudo-labels that count' if counted else 'all pseudo-labels')
+    ax.set(xticks=range(n), yticks=range(n), xlabel='pseudo-label', ylabel='truth', title=title)
+    ax.set_xticklabels(names, rotation=90 if longest > 2 else 0, parse_math=False)
     ax.set_yticklabels(names, parse_math=False)
-    if plot_txt:
-        for i,j in itertools.product(range(n), range(n)):
-            if cm[i,j]: ax.text(j, i, f'{shown[i,j]:.{norm_dec}f}' if normalize else f'{cm[i,j]}', ha='center', va='center', fontsize=8, color='w' if shown[i,j] > shown.max()/2 else 'k')
+    for i,j in np.argwhere(cm) if plot_txt else ():
+        text = f'{shown[i,j]:.{norm_dec}f}' if normalize else f'{cm[i,j]}'
+        ax.text(j, i, text, ha='center', va='center', fontsize=8, color='w' if shown[i,j] > shown.max()/2 else 'k')
     return ax
-
-@patch
-def most_confused(self:PseudoLabelInterpretation,
-    min_val:int=1,    # Times at least
-    counted:bool=True # Only pseudo-labels that count?
-)->list: # Of `(truth, pseudo-label, times)`
-    "What is taken for what, most often first"
-    cm = self.confusion_matrix(counted)
-    np.fill_diagonal(cm, 0)
-    return sorted([(self.vocab[i],self.vocab[j],int(cm[i,j])) for i,j in np.argwhere(cm >= max(min_val, 1))], key=lambda o: -o[2])
 
 # %% ../nbs/10_interpret.ipynb #d22e2ca6
 @patch
@@ -259,11 +274,14 @@ def calibration(self:PseudoLabelInterpretation,
     n_bins:int=10 # Of equal width from 0 to 1
 )->pd.DataFrame: # A row for each bin: `images`, mean `confidence`, `accuracy`
     "Confidence and accuracy of the model's answers, where the truth is known"
-    self._need_truth()
-    conf,right = self.confidence[self.known].double().numpy(),(self.probs.argmax(1) == self.truth)[self.known].numpy()
-    bins = np.clip(np.ceil(conf*n_bins).astype(int)-1, 0, n_bins-1) # each with its upper edge
-    df = pd.DataFrame(dict(bin=bins, confidence=conf, accuracy=right)).groupby('bin').agg(images=('confidence','size'), confidence=('confidence','mean'), accuracy=('accuracy','mean'))
-    return df.reindex(range(n_bins)).fillna({'images': 0}).astype({'images': int}).set_axis([f'{i/n_bins:.2g} to {(i+1)/n_bins:.2g}' for i in range(n_bins)])
+    self._check_truth()
+    confidence = self.confidence[self.known].double().numpy()
+    right = (self.probs.argmax(1) == self.truth)[self.known].numpy()
+    bins = np.clip(np.ceil(confidence*n_bins).astype(int)-1, 0, n_bins-1) # each with its upper edge
+    by_bin = pd.DataFrame(dict(confidence=confidence, accuracy=right)).groupby(bins)
+    df = by_bin.mean().reindex(range(n_bins))
+    df.insert(0, 'images', by_bin.size().reindex(range(n_bins), fill_value=0))
+    return df.set_axis([f'{i/n_bins:.2g} to {(i+1)/n_bins:.2g}' for i in range(n_bins)])
 
 @patch
 def calibration_error(self:PseudoLabelInterpretation, n_bins:int=10)->float:
@@ -276,64 +294,87 @@ def plot_calibration(self:PseudoLabelInterpretation,
     n_bins:int=10, # Of equal width from 0 to 1
     figsize=(4.5,4.5) # Of the figure, in inches
 ):
-    "Draw accuracy against confidence, how many images there are of each, and the policy's threshold, if it has a single one"
+    "Draw accuracy against confidence, images with each confidence, and the policy's threshold, if it has a single one"
     df,edges = self.calibration(n_bins),np.arange(n_bins)/n_bins
     _,(ax,below) = plt.subplots(2, 1, figsize=figsize, height_ratios=(3,1), sharex=True, layout='constrained')
     some = df[df.images > 0]
     ax.plot([0,1], [0,1], color='.6', ls=':', label='calibrated')
-    ax.plot(some.confidence, some.accuracy, 'o-', color='C0', label=f'{len(self.probs[self.known]):,} images')
+    ax.plot(some.confidence, some.accuracy, 'o-', color='C0', label=f'{df.images.sum():,} images')
     below.bar(edges, df.images, width=1/n_bins, align='edge', color='C0', edgecolor='w')
     threshold = getattr(self.policy, 'threshold', None)
-    if isinstance(threshold, (int,float)):
-        for a in (ax,below): a.axvline(threshold, color='tab:red', lw=1, label=f'threshold {threshold:g}')
-    ax.set(ylabel='accuracy', ylim=(-.03,1.03), title=f'expected calibration error {self.calibration_error(n_bins):.3f}')
+    for o in (ax,below) if isinstance(threshold, (int,float)) else ():
+        o.axvline(threshold, color='tab:red', lw=1, label=f'threshold {threshold:g}')
+    error = self.calibration_error(n_bins)
+    ax.set(ylabel='accuracy', ylim=(-.03,1.03), title=f'expected calibration error {error:.3f}')
     below.set(xlabel='confidence', ylabel='images', xlim=(0,1))
     legend_below(below, 3, handles=ax.get_legend_handles_labels()[0])
     ax.grid(alpha=.3)
     return ax
 
 # %% ../nbs/10_interpret.ipynb #8417204c
+def _raw_view(views, tfm):
+    "The weak view of what a torch dataset yields, without normalisation, where its transform tells it"
+    o = views[0][0] if isinstance(views[0], (tuple,list)) else views[0]
+    if not o.is_floating_point() or getattr(tfm, 'mean', None) is None: return o
+    return o*tfm.std[:,None,None] + tfm.mean[:,None,None]
+
 @patch
 def images(self:PseudoLabelInterpretation, rows)->list: # Tensors (channels, H, W)
     "The images of `rows`, opened and resized as in validation; views, where the loader is not ours"
-    places = self.idxs[rows].tolist()
+    idxs,ds = self.idxs[rows].tolist(),self.dl.dataset
     if isinstance(self.dl, UnlabeledDL):
-        views = self.dl.dataset.following(self.learn.dls)
-        return [uint8_tensor(to_plain_mode(views.image(i))) for i in places]
-    if min(places, default=0) < 0: raise ValueError("This loader shuffles and does not tell which image is which: give `from_learner` one with `shuffle=False` to see pictures.")
-    ds = self.dl.dataset
-    tfm = getattr(ds, 'transform', None)
-    found = [o[0][0] if isinstance(o[0], (tuple,list)) else o[0] for o in (ds[i] for i in places)]
-    return [o*tfm.std[:,None,None]+tfm.mean[:,None,None] if o.is_floating_point() and getattr(tfm, 'mean', None) is not None else o for o in found]
+        views = ds.following(self.learn.dls)
+        return [uint8_tensor(to_plain_mode(views.image(i))) for i in idxs]
+    if min(idxs, default=0) < 0:
+        raise ValueError("This loader shuffles and does not tell which image is which: give `from_learner` one with "
+                         "`shuffle=False` to see pictures.")
+    return [_raw_view(ds[i], getattr(ds, 'transform', None)) for i in idxs]
+
+def _grid(imgs, titles, ncols, colors=None, suptitle=None):
+    "Draw titled images"
+    titles,ncols,width,above = fit_titles(titles, ncols, 1.35, 8)
+    nrows = -(-len(titles)//ncols)
+    w,h = width*ncols,(width+above+.12)*nrows
+    figsize = (max(w, 2.5),h+.35) if suptitle else (w,h)
+    fig,axs = plt.subplots(nrows, ncols, figsize=figsize, squeeze=False, layout='constrained')
+    for ax in axs.flat: ax.axis('off')
+    for ax,img,title,color in zip(axs.flat, imgs, titles, colors or [plt.rcParams['text.color']]*len(titles)):
+        show_view(ax, img)
+        ax.set_title(title, fontsize=8, parse_math=False, color=color)
+    if suptitle: fig.suptitle(suptitle, fontsize=10)
+    return fig
+
+# %% ../nbs/10_interpret.ipynb #ff54bcc2
+@patch
+def _title(self:PseudoLabelInterpretation, row):
+    return f'{self.vocab[self.targets[row]]}  {int(100*self.confidence[row])/100:.2f}'
 
 @patch
-def _grid(self:PseudoLabelInterpretation, rows, title, ncols, suptitle):
-    rows = torch.as_tensor(rows, dtype=torch.long)
+def _color(self:PseudoLabelInterpretation, row):
+    if not self.counted[row]: return '0.5'
+    return 'tab:red' if self.known[row] and not self.right[row] else 'tab:green'
+
+@patch
+def _show(self:PseudoLabelInterpretation, rows, more, ncols, suptitle):
+    "Draw the images of `rows`, with what `more` adds to the title of each"
     if len(rows) == 0: raise ValueError("There is no such image.")
-    titles,ncols,width,above = fit_titles([*map(title, rows.tolist())], ncols, 1.35, 8)
-    nrows = -(-len(rows)//ncols)
-    fig,axs = plt.subplots(nrows, ncols, figsize=(max(width*ncols, 2.5), .35+(width+above+.12)*nrows), squeeze=False, layout='constrained')
-    for ax in axs.flat: ax.axis('off')
-    for ax,r,said,img in zip(axs.flat, rows.tolist(), titles, self.images(rows)):
-        show_view(ax, img)
-        wrong = bool(self.known[r] and not self.right[r])
-        ax.set_title(said, fontsize=8, parse_math=False, color='0.5' if not self.counted[r] else 'tab:red' if wrong else 'tab:green')
-    fig.suptitle(suptitle, fontsize=10)
-    return fig
+    rows = rows.tolist()
+    titles = [self._title(row) + more(row) for row in rows]
+    return _grid(self.images(rows), titles, ncols, [self._color(row) for row in rows], suptitle)
 
 @patch
 def plot_top_losses(self:PseudoLabelInterpretation,
-    k:int=16,               # Images to show
-    counted:bool=True,      # Only pseudo-labels that count?
-    ncols:int=8             # In a row
+    k:int=16,          # Images to show
+    counted:bool=True, # Only pseudo-labels that count?
+    ncols:int=8        # In a row
 )->plt.Figure:
-    "Show the images whose true class the model finds least probable: pseudo-label and confidence above, truth and its loss below"
-    self._need_truth()
+    "Show images whose true class the model finds least probable: pseudo-label and confidence, below truth and its loss"
+    self._check_truth()
     rows = torch.where(self.known & self.counted if counted else self.known)[0]
-    losses = -self.probs[rows,self.truth[rows]].clamp(min=1e-10).log()
-    top = rows[losses.argsort(descending=True)[:k]]
-    of = lambda r: f'{self.vocab[self.targets[r]]}  {int(100*self.confidence[r])/100:.2f}\nis {self.vocab[self.truth[r]]}, loss {-self.probs[r,self.truth[r]].clamp(min=1e-10).log():.1f}'
-    return self._grid(top, of, ncols, 'largest losses' + (' of those that count' if counted else ''))
+    losses = -self.probs.gather(1, self.truth.clamp(min=0)[:,None]).squeeze(1).clamp(min=1e-10).log()
+    top = rows[losses[rows].argsort(descending=True)[:k]]
+    truth = lambda row: f'\nis {self.vocab[self.truth[row]]}, loss {losses[row]:.1f}'
+    return self._show(top, truth, ncols, 'largest losses' + (' of those that count' if counted else ''))
 
 _sorts = dict(confident=('the most confident', lambda o: -o.confidence),
               border=('nearest to the border of what counts', lambda o: from_border(o.confidence, o.counted)),
@@ -346,46 +387,53 @@ def plot_images(self:PseudoLabelInterpretation,
     ncols:int=8         # In a row
 )->plt.Figure:
     "Show images with pseudo-label and confidence: green ones count, grey ones don't, red ones count and are wrong"
-    if which not in _sorts: raise ValueError(f"`which` must be one of {', '.join(map(repr, _sorts))}, but got {which!r}.")
-    says,key = _sorts[which]
-    of = lambda r: f'{self.vocab[self.targets[r]]}  {int(100*self.confidence[r])/100:.2f}' + (f'\n(is {self.vocab[self.truth[r]]})' if self.known[r] and not self.right[r] else '')
-    return self._grid(key(self).argsort(stable=True)[:k], of, ncols, says)
+    if which not in _sorts:
+        raise ValueError(f"`which` must be one of {', '.join(map(repr, _sorts))}, but got {which!r}.")
+    suptitle,key = _sorts[which]
+    wrong = lambda row: f'\n(is {self.vocab[self.truth[row]]})' if self.known[row] and not self.right[row] else ''
+    return self._show(key(self).argsort(stable=True)[:k], wrong, ncols, suptitle)
 
 # %% ../nbs/10_interpret.ipynb #4d7cda35
 @patch
 def doubts(self:PseudoLabelInterpretation)->Tensor: # float32 (N,), 0 or more
-    "1 − margin of the two likeliest classes, times √(mean number of counted images of a class ⁄ that of its own), 2 at most"
+    """1 − margin of the two likeliest classes, times √(mean number of counted images of a class ⁄ that of its own),
+    2 at most"""
     counts = torch.bincount(self.targets, self.weights, len(self.vocab)) + 1
     return one_minus_margin(self.probs)*(counts.mean()/counts).sqrt().clamp(max=2)[self.targets]
 
 @patch
 def features(self:PseudoLabelInterpretation, rows)->np.ndarray: # float32 (n, D)
     "What the model's classifier gets of the images of `rows`"
-    device,found = next(self.learn.model.parameters()).device,[]
+    model,found = self.learn.model,[]
+    device = next(model.parameters()).device
     for part in torch.as_tensor(rows).split(self.dl.bs if isinstance(self.dl, UnlabeledDL) else 64):
-        found.append(penultimate(self.learn.model, finished(to_device(torch.stack(self.images(part)), device), self.learn.dls)).cpu())
+        x = finished(to_device(torch.stack(self.images(part)), device), self.learn.dls)
+        found.append(penultimate(model, x).cpu())
     return torch.cat(found).numpy()
 
 @patch
 def suggest_labels(self:PseudoLabelInterpretation,
     k:int,     # How many images
     seed:int=0 # Of the groups
-)->pd.DataFrame: # `item`, `label` (to fill in), `predicted`, `confidence`, `second` (the next likely class), `stands_for` (doubtful images of its group); the largest group first
+# `item`, `label` (to fill in), `predicted`, `confidence`, `second` (the next likely class), `stands_for` (doubtful
+# images of its group); the largest group first
+)->pd.DataFrame:
     "Images that a person should label next: uncertain, different from each other, of classes of which little counts"
-    if not 1 <= k <= len(self): raise ValueError(f"`k` must be between 1 and {len(self):,}, the number of unlabelled images, but got {k}.")
+    if not 1 <= k <= len(self):
+        raise ValueError(f"`k` must be between 1 and {len(self):,}, the number of unlabelled images, but got {k}.")
     doubts = self.doubts()
     rows = doubts.argsort(descending=True, stable=True)[:10*k]
-    chosen,sizes = _central(self.features(rows), k, seed, doubts[rows].double().numpy()+1e-12)
+    weights = doubts[rows].double().numpy() + 1e-12
+    chosen,sizes = _representatives(self.features(rows), k, seed, _from_center, weights)
     rows = rows[chosen]
     second = self.probs[rows].topk(2, 1).indices[:,1]
-    return pd.DataFrame(dict(item=self.items(rows), label='', predicted=[self.vocab[i] for i in self.targets[rows]], confidence=self.confidence[rows].numpy(),
-                             second=[self.vocab[i] for i in second], stands_for=sizes))
+    return pd.DataFrame(dict(item=self.items(rows), label='', predicted=[self.vocab[i] for i in self.targets[rows]],
+                             confidence=self.confidence[rows].numpy(), second=[self.vocab[i] for i in second],
+                             stands_for=sizes))
 
 # %% ../nbs/10_interpret.ipynb #9f48d843
-def _unit(f): return f/np.maximum(np.linalg.norm(f, axis=1, keepdims=True), 1e-12)
-
-def _groups(f, k, seed, weights=None):
-    "Groups (n,) of features (n, D), by k-means"
+def _groups(f, k, seed, weights):
+    "Groups (n,) of features (n, D), by k-means, and their centres"
     from sklearn.cluster import KMeans, MiniBatchKMeans
     make = partial(KMeans, n_init=3) if len(f) <= 20_000 else partial(MiniBatchKMeans, n_init=3, batch_size=4096)
     with warnings.catch_warnings():
@@ -393,15 +441,20 @@ def _groups(f, k, seed, weights=None):
         means = make(k, random_state=seed).fit(f, sample_weight=weights)
     return means.labels_,means.cluster_centers_
 
-def _central(f, k, seed, weights):
-    "Places of the most central of each of `k` groups of features (n, D), and the sizes of the groups; largest first"
-    f = _unit(f)
-    labels,centers = _groups(f, k, seed, weights)
-    far = ((f-centers[labels])**2).sum(1)
-    found = [(np.where(labels == g)[0][far[labels == g].argmin()],int((labels == g).sum())) for g in np.unique(labels)]
-    found = sorted(found, key=lambda o: -o[1])
-    rest = [i for i in range(len(f)) if i not in {o for o,_ in found}][:k-len(found)] # where images are alike
-    return [o for o,_ in found]+rest,[n for _,n in found]+[1]*len(rest)
+def _representatives(f, k, seed, distance, weights=None):
+    """Numbers of the images with the least `distance` in each of `k` groups of features (n, D), and the groups' sizes;
+    the largest group first"""
+    f = f/np.maximum(np.linalg.norm(f, axis=1, keepdims=True), 1e-12)
+    groups,centers = _groups(f, k, seed, weights)
+    sizes = {}
+    for g in np.unique(groups):
+        members = np.where(groups == g)[0]
+        sizes[members[distance(f[members], centers[g]).argmin()]] = len(members)
+    chosen = sorted(sizes, key=lambda i: -sizes[i])
+    chosen += [i for i in range(len(f)) if i not in sizes][:k-len(chosen)] # where images are alike
+    return chosen,[sizes.get(i, 1) for i in chosen]
+
+def _from_center(f, center): return ((f-center)**2).sum(1)
 
 # %% ../nbs/10_interpret.ipynb #48a00a9f
 def plot_to_label(
@@ -412,30 +465,30 @@ def plot_to_label(
     "Show the images to label, numbered by row, with what is thought of them"
     df = df.head(max_n)
     if len(df) == 0: raise ValueError("There is no image to show: the table is empty.")
-    if not all(isinstance(o, (str,Path)) for o in df['item']): raise TypeError("Only images that are files can be shown here.")
-    titles = [f"{i}: {row['predicted']}\nor {row['second']}?" if 'second' in row else str(i) for i,row in df.iterrows()]
-    titles,ncols,width,above = fit_titles(titles, ncols, 1.35, 8)
-    nrows = -(-len(df)//ncols)
-    fig,axs = plt.subplots(nrows, ncols, figsize=(width*ncols, (width+above+.12)*nrows), squeeze=False, layout='constrained')
-    for ax in axs.flat: ax.axis('off')
-    for ax,said,item in zip(axs.flat, titles, df['item']):
-        show_view(ax, uint8_tensor(to_plain_mode(Image.open(item))))
-        ax.set_title(said, fontsize=8, parse_math=False)
-    return fig
+    if not all(isinstance(o, (str,Path)) for o in df['item']):
+        raise TypeError("Only images that are files can be shown here.")
+    thoughts = lambda row: f": {row['predicted']}\nor {row['second']}?" if 'second' in row else ''
+    imgs = [uint8_tensor(to_plain_mode(Image.open(o))) for o in df['item']]
+    return _grid(imgs, [f'{i}{thoughts(row)}' for i,row in df.iterrows()], ncols)
 
 # %% ../nbs/10_interpret.ipynb #070b8016
+def _pixels(img):
+    grey = img.convert('L').resize((32,32), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.asarray(grey, dtype=np.float32).flatten())
+
+def _rgb(tfm, img): return tfm(img.convert('RGB'))
+
 class _Files(torch.utils.data.Dataset):
+    "As `_Plain`, of files, arrays or PIL images"
     def __init__(self, items, tfm): self.items,self.tfm = items,tfm
     def __len__(self): return len(self.items)
     def __getitem__(self, i):
-        try: return self.tfm(self._open(self.items[i])),-1,i
+        o = self.items[i]
+        try:
+            if isinstance(o, np.ndarray): o = Image.fromarray(o)
+            elif not isinstance(o, Image.Image): o = Image.open(o)
+            return self.tfm(to_plain_mode(o)),-1,i
         except Exception as e: return i,f'{type(e).__name__}: {e}'
-    @staticmethod
-    def _open(o): return to_plain_mode(Image.fromarray(o) if isinstance(o, np.ndarray) else o if isinstance(o, Image.Image) else Image.open(o))
-
-def _pixels(img): return torch.from_numpy(np.asarray(img.convert('L').resize((32,32), Image.Resampling.BILINEAR), dtype=np.float32).flatten())
-
-def _rgb(tfm, img): return tfm(img.convert('RGB'))
 
 def _embed(net, x):
     "Features (m, D) of images: what comes before the classifier, or what a body without one returns"
@@ -445,60 +498,69 @@ def _embed(net, x):
     f = eval_logits(net, x, None)
     return f.flatten(2).mean(2) if f.ndim > 2 else f
 
-def _all_features(items, net, bs, num_workers):
-    "Features (n, D), places (n,) of images that could be opened, errors of the others"
+# %% ../nbs/10_interpret.ipynb #87adf7fd
+def _embedder(items, net):
+    "`(dataset, function from a batch of its images to features)`"
+    if net is None: return _Files(items, _pixels),noop
     if isinstance(net, Learner):
-        model,finish = net.model,partial(finished, dls=net.dls)
-        ds = _Plain(net.dls.unlabeled_dl(items).dataset)
-    elif isinstance(net, nn.Module):
-        model,finish = net,lambda x: x
+        ds,model,finish = _Plain(net.dls.unlabeled_dl(items).dataset),net.model,partial(finished, dls=net.dls)
+    else:
         ds = _Files(items, partial(_rgb, create_transform(**resolve_model_data_config(net), is_training=False)))
-    else: model,ds = None,_Files(items, _pixels)
-    device = torch.device('cpu') if model is None else next(model.parameters()).device
-    found,errors = [],{}
-    for b,bad in torch.utils.data.DataLoader(ds, bs, collate_fn=_collate_plain, num_workers=num_workers):
-        errors.update(bad)
-        if b is not None: found.append((b[0] if model is None else _embed(model, finish(to_device(b[0], device))).cpu(), b[2]))
-    if not found: raise ValueError("None of the images can be opened: check the files.")
-    return torch.cat([f for f,_ in found]).numpy(),torch.cat([i for _,i in found]).numpy(),errors
+        model,finish = net,noop
+    device = next(model.parameters()).device
+    return ds,lambda x: _embed(model, finish(to_device(x, device))).cpu()
 
-def _typical(f, n, seed):
-    "Places of the image with the nearest neighbours in each of `n` groups of features, and the groups' sizes; largest first"
+def _all_features(items, net, bs, num_workers):
+    "Features (n, D) and idxs (n,) of images that could be opened, errors of the others by idx"
+    ds,embed = _embedder(items, net)
+    features,idxs,errors = [],[],{}
+    for batch,bad in _plain_batches(ds, bs, num_workers):
+        errors.update(bad)
+        if batch is None: continue
+        features.append(embed(batch[0]))
+        idxs.append(batch[2])
+    if not features: raise ValueError("None of the images can be opened: check the files.")
+    return torch.cat(features).numpy(),torch.cat(idxs).numpy(),errors
+
+def _from_neighbours(f, center): # the 20 nearest, and itself
     from sklearn.neighbors import NearestNeighbors
-    f,found = _unit(f),[]
-    labels,_ = _groups(f, n, seed)
-    for g in np.unique(labels):
-        places = np.where(labels == g)[0]
-        near = NearestNeighbors(n_neighbors=min(21, len(places))).fit(f[places]).kneighbors(f[places])[0]
-        found.append((places[near.mean(1).argmin()],len(places)))
-    found = sorted(found, key=lambda o: -o[1])
-    rest = [i for i in range(len(f)) if i not in {o for o,_ in found}][:n-len(found)] # where images are alike
-    return [o for o,_ in found]+rest,[k for _,k in found]+[1]*len(rest)
+    return NearestNeighbors(n_neighbors=min(21, len(f))).fit(f).kneighbors(f)[0].mean(1)
 
 def select_to_label(
     items,              # Image files (or arrays, PIL images), none of them labelled
     n:int,              # How many to label
-    learn_or_body=None, # A `Learner`, or a network as timm's and torchvision's, whose features say what is alike; `None`: pixels, 32×32 and grey
+    # A `Learner`, or a network as timm's and torchvision's, whose features say what is alike; `None`: pixels, 32×32
+    # and grey
+    learn_or_body=None,
     seed:int=0,         # Of the groups
     bs:int=64,          # Images in a batch
     num_workers:int=0,  # Processes that open images
     most:int=50_000     # Of more images than this, as many at random are looked at
 )->pd.DataFrame: # `item`, `label` (to fill in), `stands_for` (images of its group); the largest group first
-    "The `n` most typical images, one of each of `n` groups: those to label first ([TypiClust](https://arxiv.org/abs/2202.02794))"
-    if isinstance(items, (str,Path)): raise TypeError(f"`items` must be images, not the folder {str(items)!r}: use `get_image_files({str(items)!r})`.")
+    """The `n` most typical images, one of each of `n` groups: those to label first
+    ([TypiClust](https://arxiv.org/abs/2202.02794))"""
+    if isinstance(items, (str,Path)):
+        folder = repr(str(items))
+        raise TypeError(f"`items` must be images, not the folder {folder}: use `get_image_files({folder})`.")
     items = list(items)
-    if not 1 <= n <= len(items): raise ValueError(f"`n` must be between 1 and {len(items):,}, the number of images, but got {n}.")
-    if len(items) > most: items = [items[i] for i in np.sort(np.random.default_rng(seed).permutation(len(items))[:most])]
-    f,places,errors = _all_features(items, learn_or_body, bs, num_workers)
-    if errors: warnings.warn(f"{len(errors):,} of {len(items):,} images can't be opened and are left out, the first of them {items[min(errors)]}: {errors[min(errors)]}.", stacklevel=2)
+    if not 1 <= n <= len(items):
+        raise ValueError(f"`n` must be between 1 and {len(items):,}, the number of images, but got {n}.")
+    if len(items) > most:
+        items = [items[i] for i in np.sort(np.random.default_rng(seed).permutation(len(items))[:most])]
+    f,idxs,errors = _all_features(items, learn_or_body, bs, num_workers)
+    if errors:
+        i = min(errors)
+        warnings.warn(f"{len(errors):,} of {len(items):,} images can't be opened and are left out, the first of them "
+                      f"{items[i]}: {errors[i]}.", stacklevel=2)
     if n > len(f): raise ValueError(f"Only {len(f):,} of the images can be opened, fewer than the {n} to select.")
-    chosen,sizes = _typical(f, n, seed)
-    of = lambda i: items[i] if isinstance(items[i], (str,Path)) else int(i)
-    return pd.DataFrame(dict(item=[of(places[i]) for i in chosen], label='', stands_for=sizes))
+    chosen,sizes = _representatives(f, n, seed, _from_neighbours)
+    item = lambda i: items[i] if isinstance(items[i], (str,Path)) else int(i)
+    return pd.DataFrame(dict(item=[item(i) for i in idxs[chosen]], label='', stands_for=sizes))
 
 # %% ../nbs/10_interpret.ipynb #b59e4d20
 class ShowPseudoLabels(Callback):
-    "A graph of `mask_rate` and `pseudo_acc` under the progress bar, drawn anew after each epoch, as fastai's `ShowGraphCallback` draws losses"
+    """A graph of `mask_rate` and `pseudo_acc` under the progress bar, drawn anew after each epoch, as fastai's
+    `ShowGraphCallback` draws losses"""
     order,run_valid = ProgressCallback.order + 5,False
 
     def before_fit(self): self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self, 'gather_preds')
@@ -508,6 +570,6 @@ class ShowPseudoLabels(Callback):
         recorders = self.learn._grab_cbs(SemiRecorder)
         if bar is None or not recorders or len(history := recorders[0].history) == 0: return
         smooth,steps = max(1, len(history)//50),len(history)*self.n_epoch/(self.epoch+1)
-        shown = {k: history[k].rolling(smooth, min_periods=1).mean() for k in ('mask_rate','pseudo_acc') if history[k].notna().any()}
+        shown = history[['mask_rate','pseudo_acc']].dropna(axis=1, how='all').rolling(smooth, min_periods=1).mean()
         bar.names = list(shown)
-        bar.update_graph([(history.index, o) for o in shown.values()], (0,steps), (0,1))
+        bar.update_graph([(shown.index, shown[k]) for k in shown], (0,steps), (0,1))

@@ -41,7 +41,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from fixmatch_fastai import check as room
 from fixmatch_fastai.all import FixMatch, FixMatchTransform, FlexMatch, ModelEMA, weak_augment
-from fixmatch_fastai.check import Finding, Preflight, fixmatch_check, quick_check
+from fixmatch_fastai.check import Finding, Limits, Preflight, fixmatch_check, quick_check
 
 
 @pytest.fixture(scope='session')
@@ -57,9 +57,7 @@ def little(monkeypatch, request):
     "Less to look at, unless the test is about that"
     if 'whole' in request.fixturenames:
         return
-    for f, defaults in ((room._draws, (8, 3, 2.0)), (room._loaded, (32, 0.2, 10.0)), (room._labeled, (20,)), (room._timed, (0.2, 10))):
-        assert len(f.__defaults__) == len(defaults)
-        monkeypatch.setattr(f, '__defaults__', defaults)
+    monkeypatch.setattr(room, 'limits', Limits(images=8, views=3, batches=32, seconds=0.2))
 
 
 @pytest.fixture
@@ -74,7 +72,8 @@ def fine(make_learner, make_dls, unseen):
     def make(dls=None, pool=unseen, mu=2, tfm=None, num_workers=0, n_batches=20, **kwargs):
         dls = make_dls(n_batches=n_batches) if dls is None else dls
         tfm = tfm or FixMatchTransform(weak=weak_augment(flip=False))
-        return make_learner(dls, **{'loader': dls.unlabeled_dl(pool, mu=mu, tfm=tfm, num_workers=num_workers), **kwargs})
+        loader = dls.unlabeled_dl(pool, mu=mu, tfm=tfm, num_workers=num_workers)
+        return make_learner(dls, **{'loader': loader, **kwargs})
 
     return make
 
@@ -119,8 +118,8 @@ def test_all_is_well(whole, fine, capsys):
     pytest.importorskip('imagehash')
     report = fixmatch_check(fine(), n_epoch=3)
     assert [o.name for o in report.findings] == [
-        *('labels', 'epoch', 'pool', 'files', 'in validation', 'near validation', 'in labels', 'strong views', 'weak views'),
-        *('channels', 'outputs', 'step', 'memory', 'speed', 'time'),
+        *('labels', 'epoch', 'pool', 'files', 'in validation', 'near validation', 'in labels'),
+        *('strong views', 'weak views', 'channels', 'outputs', 'step', 'memory', 'speed', 'time'),
     ]
     assert [o.name for o in report.findings if o.level != 'ok' and o.name != 'speed'] == []
     assert report['labels'].found == '20 labelled images, 2 of each of 10 classes'
@@ -137,9 +136,11 @@ def test_all_is_well(whole, fine, capsys):
 
 def test_report_reads_well():
     long = ' '.join(['word'] * 40)
-    report = Preflight([Finding('a', 'fine', 'ok', ''), Finding('b b', long, 'problem', long), Finding('c', '1', 'note', 'do')])
+    findings = ('a', 'fine', 'ok', ''), ('b b', long, 'problem', long), ('c', '1', 'note', 'do')
+    report = Preflight([Finding(*o) for o in findings])
     lines = str(report).split('\n')
-    assert lines[0] == 'ok       a    fine' and lines[-2:] == ['note     c    1', '              -> do']
+    assert lines[0] == 'ok       a    fine'
+    assert lines[-2:] == ['note     c    1', '              -> do']
     assert max(map(len, lines)) <= 110 and str(report).isascii()  # a Windows terminal has not every sign
     assert repr(report) == 'Preflight: 1 ok, 1 to note, 1 problem'
     assert list(report.table.index) == ['a', 'b b', 'c'] and list(report.table.columns) == ['found', 'level', 'advice']
@@ -251,9 +252,11 @@ def assert_same(a, b, path=''):
 def test_the_learner_is_as_it_was(fine, when, unseen, tmp_path):
     (tmp_path / 'empty.png').touch()
     batch_tfms = [IntToFloatTensor(), Normalize.from_stats([0.3], [0.3], cuda=False)]
-    dls = make_block(batch_tfms=batch_tfms).dataloaders(list(fine().dls.train.items) + list(fine().dls.valid.items), bs=4, num_workers=0)
+    items = list(fine().dls.train.items) + list(fine().dls.valid.items)
+    dls = make_block(batch_tfms=batch_tfms).dataloaders(items, bs=4, num_workers=0).repeat_train(3)
     pool = unseen[:20] + L(tmp_path / 'empty.png')
-    learn = fine(dls.repeat_train(3), pool, model=Odd(), fixmatch={'threshold': 0.95, 'policy': FlexMatch(0.1)}, cbs=[ModelEMA(half_life=1)])
+    fixmatch = {'threshold': 0.95, 'policy': FlexMatch(0.1)}
+    learn = fine(dls, pool, model=Odd(), fixmatch=fixmatch, cbs=[ModelEMA(half_life=1)])
     learn.model.frozen.eval()
     if when == 'after a fit':
         quiet_fit(learn, 1)
@@ -314,10 +317,12 @@ def test_a_copied_policy_is_tried_as_ours_would(fine, unseen):
     learn = fine(n_batches=3, fixmatch={'threshold': 0.95, 'policy': FlexMatch(0.1)})
     quiet_fit(learn, 1)
     assert level(check(learn), 'step') == 'ok'
-    learn.fix_match.unlabeled_dl = learn.dls.unlabeled_dl(unseen[:10], tfm=FixMatchTransform(weak=weak_augment(flip=False)))
-    learn.fix_match._setup = None
-    quiet = check(learn)
-    assert level(quiet, 'step') == 'problem' and 'another pool' in quiet['step'].advice
+    policy = learn.fix_match.policy
+    learn.remove_cb(FixMatch)
+    smaller = learn.dls.unlabeled_dl(unseen[:10], tfm=FixMatchTransform(weak=weak_augment(flip=False)))
+    learn.add_cb(FixMatch(smaller, policy=policy))
+    report = check(learn)
+    assert level(report, 'step') == 'problem' and 'another pool' in report['step'].advice
 
 
 def test_a_policy_is_set_up_as_often_as_in_training(fine):
@@ -348,7 +353,8 @@ def test_labels(fine, digits):
     one = report(list('012'), _0=4, _1=3, _2=3)
     assert level(one, 'labels') == 'ok' and one['labels'].found == '10 labelled images, 3 to 4 of each of 3 classes'
     missing = report(list('012345678'), _0=4, _1=4)
-    assert level(missing, 'labels') == 'problem' and missing['labels'].found.endswith('none of 2, 3, 4, 5, 6 and 2 more')
+    assert level(missing, 'labels') == 'problem'
+    assert missing['labels'].found.endswith('none of 2, 3, 4, 5, 6 and 2 more')
     assert level(report(_0=40, _1=4), 'labels') == 'ok'
     assert level(report(_0=41, _1=4), 'labels') == 'note'
     assert level(report(list('01') + ['#na#'], _0=4, _1=4), 'labels') == 'ok'  # fastai's name for no class
@@ -357,13 +363,17 @@ def test_labels(fine, digits):
 def test_labels_of_data_frames(fine, digits):
     df = pd.DataFrame({'file': list(map(str, digits[::36])), 'label': [o.parent.name for o in digits[::36]]})
     block = DataBlock(
-        blocks=(ImageBlock(PILImageBW), CategoryBlock), get_x=ColReader('file'), get_y=ColReader('label'), splitter=IndexSplitter(range(0, 50, 5))
+        blocks=(ImageBlock(PILImageBW), CategoryBlock),
+        get_x=ColReader('file'),
+        get_y=ColReader('label'),
+        splitter=IndexSplitter(range(0, 50, 5)),
     )
     dls = block.dataloaders(df, bs=4, num_workers=0)
     tfm = FixMatchTransform(weak=weak_augment(flip=False))
     report = check(fine(loader=dls.unlabeled_dl(df.iloc[1:50:5], mu=1, tfm=tfm), dls=dls))
     assert report['labels'].found.startswith('40 labelled images')
-    assert level(report, 'in validation') == 'ok' and report['in labels'].found.startswith('10 unlabelled images')
+    assert level(report, 'in validation') == 'ok'
+    assert report['in labels'].found.startswith('10 unlabelled images')
     report = check(fine(loader=dls.unlabeled_dl(df.iloc[:20], mu=1, tfm=tfm), dls=dls))
     assert level(report, 'in validation') == 'problem' and report['in validation'].found.startswith('4 in both')
 
@@ -381,19 +391,28 @@ def test_fewer_labels_than_a_batch(fine, make_dls):
 
 
 @pytest.mark.parametrize(
-    'pool, mu, expected', [(50, 2, 'ok'), (20, 2, 'ok'), (19, 2, 'note: fewer unlabelled than labelled images, so'), (40, 11, 'note: shorter than a batch')]
+    'pool, mu, expected',
+    [
+        (50, 2, 'ok'),
+        (20, 2, 'ok'),
+        (19, 2, 'note: fewer unlabelled than labelled images, so'),
+        (40, 11, 'note: shorter than a batch'),
+    ],
 )
 def test_pool(fine, unseen, pool, mu, expected):
     expected, _, why = expected.partition(': ')
     report = check(fine(pool=unseen[:pool], mu=mu))
     assert level(report, 'pool') == expected and why in report['pool'].advice
-    assert report['pool'].found.startswith(f'{pool} unlabelled images') and f'{4 * mu} in a batch, mu = {mu}' in report['pool'].found
+    assert report['pool'].found.startswith(f'{pool} unlabelled images')
+    assert f'{4 * mu} in a batch, mu = {mu}' in report['pool'].found
 
 
 def test_small_mu_and_no_batch(fine, unseen):
     dls = fine().dls
-    report = check(fine(dls, loader=dls.unlabeled_dl(unseen, bs=3, tfm=FixMatchTransform(weak=weak_augment(flip=False)))))
-    assert level(report, 'pool') == 'note' and 'mu = 0.75' in report['pool'].found and 'larger `mu`' in report['pool'].advice
+    tfm = FixMatchTransform(weak=weak_augment(flip=False))
+    report = check(fine(dls, loader=dls.unlabeled_dl(unseen, bs=3, tfm=tfm)))
+    assert level(report, 'pool') == 'note' and 'larger `mu`' in report['pool'].advice
+    assert 'mu = 0.75' in report['pool'].found
     views = Fixed(lambda i: (torch.rand(1, 16, 16), torch.rand(1, 16, 16)))
     report = check(fine(dls, loader=torch.utils.data.DataLoader(views, batch_size=64, drop_last=True)))
     assert level(report, 'pool') == 'problem' and 'drop_last' in report['pool'].advice
@@ -421,7 +440,8 @@ def test_unreadable_files_stop_a_torch_loader(fine, unseen, tmp_path):
     for o in unseen[:20]:
         (tmp_path / 'a' / o.name).write_bytes(o.read_bytes())
     tfm = FixMatchTransform([0.3], [0.3], weak=weak_augment(flip=False))
-    make = lambda: fine(loader=torch.utils.data.DataLoader(ImageFolder(tmp_path, lambda o: tfm(o.convert('L'))), batch_size=8))
+    pool = lambda: ImageFolder(tmp_path, lambda o: tfm(o.convert('L')))
+    make = lambda: fine(loader=torch.utils.data.DataLoader(pool(), batch_size=8))
     assert level(check(make()), 'files') == 'ok'
     (tmp_path / 'a' / '0.png').write_bytes(b'no image')
     report = check(make())
@@ -430,10 +450,11 @@ def test_unreadable_files_stop_a_torch_loader(fine, unseen, tmp_path):
 
 def test_at_most_n_are_opened(fine, unseen, monkeypatch):
     learn, opened = fine(), []
-    monkeypatch.setattr('fixmatch_fastai.check._check_views', lambda fm: [])
-    monkeypatch.setattr('fixmatch_fastai.check._check_batches', lambda *args: [])
+    monkeypatch.delitem(room.checks, 'views')
+    monkeypatch.delitem(room.checks, 'batches')
     create = PILImageBW.create.__func__
-    monkeypatch.setattr(PILImageBW, 'create', classmethod(lambda cls, fn, **kwargs: opened.append(fn) or create(cls, fn, **kwargs)))
+    noted = lambda cls, fn, **kwargs: opened.append(fn) or create(cls, fn, **kwargs)
+    monkeypatch.setattr(PILImageBW, 'create', classmethod(noted))
     for dset in (learn.dls.train_ds, learn.dls.valid_ds, learn.fix_match.unlabeled_dl.dataset.dataset):
         dset.tls[0].tfms.fs[0] = type(dset.tls[0].tfms.fs[0])(PILImageBW.create)
     report = check(learn, n=7)
@@ -551,7 +572,8 @@ class Times255(FixMatchTransform):
 def test_channels(fine, labeled, views, expected):
     dls = fine().dls if labeled is None else with_stats(fine(), *labeled)
     weak = weak_augment(flip=False)
-    tfm = Times255(weak=weak) if views == 'times 255' else FixMatchTransform(*([[o] for o in views] if views else ()), weak=weak)
+    stats = [[o] for o in views] if isinstance(views, tuple) else []
+    tfm = Times255(weak=weak) if views == 'times 255' else FixMatchTransform(*stats, weak=weak)
     assert level(check(fine(dls, tfm=tfm)), 'channels') == expected
 
 
@@ -565,7 +587,7 @@ def test_channels_of_validation_alone(fine):
 def test_strong_views(whole, fine):
     def report(**kwargs):
         learn = fine(tfm=FixMatchTransform(**{'weak': weak_augment(flip=False), **kwargs}))
-        return Preflight(room._check_views(learn.fix_match))
+        return check(learn, n=5)
 
     as_is = lambda o: o
     assert level(report(), 'strong views') == 'ok'
@@ -605,8 +627,8 @@ def test_labels_beyond_the_outputs_stop_the_step(fine):
 
 def test_a_policy_that_needs_places(fine):
     views = Fixed(lambda i: (torch.randn(1, 16, 16), torch.randn(1, 16, 16)))
-    learn = fine(loader=torch.utils.data.DataLoader(views, batch_size=8), fixmatch={'threshold': 0.95, 'policy': FlexMatch()})
-    report = check(learn)
+    loader = torch.utils.data.DataLoader(views, batch_size=8)
+    report = check(fine(loader=loader, fixmatch={'threshold': 0.95, 'policy': FlexMatch()}))
     assert level(report, 'step') == 'problem' and 'FlexMatch needs the place' in report['step'].advice
     assert level(check(fine(fixmatch={'threshold': 0.95, 'policy': FlexMatch()})), 'step') == 'ok'
 
@@ -616,7 +638,8 @@ def test_what_stops_training_is_found(fine, unseen):
     report = check(fine(tfm=small))
     assert level(report, 'step') == 'problem' and 'a labelled image is (1, 16, 16)' in report['step'].advice
     report = check(fine(loader=[torch.rand(3)]))
-    assert level(report, 'unlabelled batch') == 'problem' and 'must yield (weak, strong)' in report['unlabelled batch'].advice
+    assert level(report, 'unlabelled batch') == 'problem'
+    assert 'must yield (weak, strong)' in report['unlabelled batch'].advice
     flat = nn.Sequential(tiny_net(), nn.Flatten(0))
     assert 'one row of logits' in check(fine(model=flat))['step'].advice
     report = check(fine(model=tiny_net(), loss_func=lambda pred, y: pred.sum() * float('nan')))
@@ -650,29 +673,37 @@ def slow_views(img, seconds=0.01):
 
 @pytest.mark.parametrize(
     'slow, workers, expected',
-    [('model', 0, 'ok: take turns'), ('loader', 0, 'note: take turns'), ('loader', 1, 'note: the model waits'), ('model', 1, 'ok: the loader waits')],
+    [
+        ('model', 0, 'ok: take turns'),
+        ('loader', 0, 'note: take turns'),
+        ('loader', 1, 'note: the model waits'),
+        ('model', 1, 'ok: the loader waits'),
+    ],
 )
 def test_speed(fine, slow, workers, expected):
-    "20 minutes or more of a model that sleeps 0.2 s for 8 unlabelled images, 8 seconds or more of a loader that sleeps 0.01 s for each: longer on a busy machine"
-    learn = fine(num_workers=workers, n_batches=100, **({'model': Slow(0.2)} if slow == 'model' else {'tfm': slow_views}))
-    report = check(learn, speed=True, n_epoch=60 if slow == 'model' else 1, n=5)
+    """20 minutes or more of a model that sleeps 0.2 s for 8 unlabelled images, 8 seconds or more of a loader that
+    sleeps 0.01 s for each: longer on a busy machine"""
+    n_epoch, per_second, seconds = (60, 41, 20 * 60 * 0.95) if slow == 'model' else (1, 101, 7.5)
+    slow_part = {'model': Slow(0.2)} if slow == 'model' else {'tfm': slow_views}
+    report = check(fine(num_workers=workers, n_batches=100, **slow_part), speed=True, n_epoch=n_epoch, n=5)
     expected, _, who = expected.partition(': ')
     assert level(report, 'speed') == expected and who in report['speed'].found
-    loader, model = (float(o.replace(',', '')) for o in re.findall(r'([0-9,]+) (?:unlabelled|through)', report['speed'].found))
-    assert 0 < (loader if slow == 'loader' else model) <= (101 if slow == 'loader' else 41)
+    found = re.findall(r'([0-9,]+) (?:unlabelled|through)', report['speed'].found)
+    speeds = dict(zip(('loader', 'model'), (float(o.replace(',', '')) for o in found)))
+    assert 0 < speeds[slow] <= per_second
     number, unit = re.search(r'([0-9.]+) (seconds|minutes)', report['time'].found).groups()
-    assert float(number) * (60 if unit == 'minutes' else 1) >= (20 * 60 * 0.95 if slow == 'model' else 7.5)
+    assert float(number) * (60 if unit == 'minutes' else 1) >= seconds
 
 
 def test_what_cannot_be_looked_at_is_no_problem(fine, monkeypatch):
     learn = fine()
     before = snapshot(learn)
 
-    def _check_views(fm):
+    def odd(setup):
         random.random()
         raise KeyError('odd data')
 
-    monkeypatch.setattr(room, '_check_views', _check_views)
+    monkeypatch.setitem(room.checks, 'views', {'strong views': odd})
     report = check(learn, strict=True)
     assert level(report, 'views') == 'note' and 'odd data' in report['views'].found and 'step' in report
     assert_same(before, snapshot(learn))
@@ -687,10 +718,10 @@ def test_torch_learner(unseen, tmp_path):
     data.targets, data.classes = y.tolist(), list('0123456789')
     generator = torch.Generator().manual_seed(3)
     train = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, generator=generator)
-    views = torch.utils.data.DataLoader(
-        Fixed(lambda i: (torch.rand(1, 16, 16), torch.rand(1, 16, 16))), batch_size=8, shuffle=True, num_workers=1, persistent_workers=True
-    )
-    learn = Learner(DataLoaders(train, train), tiny_net(), loss_func=nn.CrossEntropyLoss(), cbs=FixMatch(views), metrics=accuracy, path=tmp_path)
+    noise = Fixed(lambda i: (torch.rand(1, 16, 16), torch.rand(1, 16, 16)))
+    views = torch.utils.data.DataLoader(noise, batch_size=8, shuffle=True, num_workers=1, persistent_workers=True)
+    loss_func, fm = nn.CrossEntropyLoss(), FixMatch(views)
+    learn = Learner(DataLoaders(train, train), tiny_net(), loss_func=loss_func, cbs=fm, metrics=accuracy, path=tmp_path)
     state = generator.get_state()
     report = check(learn, speed=True)
     assert not report.problems and level(report, 'labels') == 'ok' and 'time' in report
@@ -707,11 +738,11 @@ def test_torch_learner(unseen, tmp_path):
 # --- before every first fit
 
 
-def told(learn, *args, **kwargs):
-    with warnings.catch_warnings(record=True) as said:
+def warnings_of(learn, *args, **kwargs):
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
         quiet_fit(learn, *args, **kwargs)
-    return [str(o.message) for o in said if 'fixmatch_check' in str(o.message)]
+    return [str(o.message) for o in caught if 'fixmatch_check' in str(o.message)]
 
 
 @pytest.fixture
@@ -728,18 +759,19 @@ def leaky(fine, unseen, digits):
 
 def test_quick_check_warns_once(leaky, fine, unseen):
     learn = leaky()
-    missing, shared = told(learn, 1)
+    missing, shared = warnings_of(learn, 1)
     assert 'of class ten:' in missing and 'at least 3, such as' in shared
-    assert told(learn, 1) == []
+    assert warnings_of(learn, 1) == []
     learn.fix_match.unlabeled_dl = learn.dls.unlabeled_dl(unseen, mu=2)
-    assert len(told(learn, 1)) == 1  # another pool: the class is still missing
-    assert told(fine(n_batches=2), 1) == []
+    assert len(warnings_of(learn, 1)) == 1  # another pool: the class is still missing
+    assert warnings_of(fine(n_batches=2), 1) == []
 
 
 def test_quick_check_is_for_training(leaky):
     learn = leaky()
-    assert told(learn, method='validate') == [] and told(learn, method='lr_find', show_plot=False, num_it=20, suggest_funcs=None) == []
-    assert len(told(learn, 1)) == 2
+    assert warnings_of(learn, method='validate') == []
+    assert warnings_of(learn, method='lr_find', show_plot=False, num_it=20, suggest_funcs=None) == []
+    assert len(warnings_of(learn, 1)) == 2
 
 
 def test_quick_check_on_the_first_process_only(leaky, monkeypatch):
@@ -748,10 +780,10 @@ def test_quick_check_on_the_first_process_only(leaky, monkeypatch):
     monkeypatch.setattr(torch.distributed, 'get_world_size', lambda: 2)
     for rank in (1, 0):
         monkeypatch.setattr(torch.distributed, 'get_rank', lambda rank=rank: rank)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always', UserWarning)
             quick_check(fm)
-        assert len(said) == (0 if rank else 2)
+        assert len(caught) == (0 if rank else 2)
 
 
 def test_quick_check_changes_nothing(leaky):
@@ -790,10 +822,10 @@ def test_quick_check_is_quick(fine):
 def test_a_class_may_be_missed_in_a_sample(fine, leaky):
     learn = leaky()
     learn.dls.train_ds.tls[-1].items = L(list(learn.dls.train_ds.tls[-1].items) * 51)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
         quick_check(learn.fix_match)
-    assert ['of class' in str(o.message) for o in said] == [False]
+    assert ['of class' in str(o.message) for o in caught] == [False]
 
 
 def test_other_targets(fine, digits):
@@ -803,7 +835,8 @@ def test_other_targets(fine, digits):
     block = DataBlock(blocks=blocks, get_y=lambda o: ['digit', parent_label(o)], splitter=IndexSplitter(range(20, 40)))
     learn = fine(block.dataloaders(items, bs=4, num_workers=0), loss_func=nn.BCEWithLogitsLoss())
     report = check(learn)
-    assert report['labels'].found == '20 labelled images, 2 to 20 of each of 11 classes' and 'multi-label' in report['step'].advice
+    assert report['labels'].found == '20 labelled images, 2 to 20 of each of 11 classes'
+    assert 'multi-label' in report['step'].advice
     quick_check(learn.fix_match)
     data = torch.utils.data.TensorDataset(torch.rand(8, 1, 16, 16), torch.zeros(8, 2))
     data.targets = torch.zeros(8, 2)
@@ -817,10 +850,10 @@ def test_other_targets(fine, digits):
 def test_quick_check_of_other_loaders(fine, unseen):
     "Nothing is known of them, nothing is said"
     views = torch.utils.data.DataLoader(Fixed(lambda i: (torch.rand(1, 16, 16), torch.rand(1, 16, 16))), batch_size=8)
-    assert told(fine(loader=views, n_batches=2), 1) == []
+    assert warnings_of(fine(loader=views, n_batches=2), 1) == []
     arrays = L(np.array(Image.open(o)) for o in unseen)
-    assert told(fine(pool=arrays, n_batches=2), 1) == []
+    assert warnings_of(fine(pool=arrays, n_batches=2), 1) == []
     data = torch.utils.data.TensorDataset(torch.rand(8, 1, 16, 16), torch.arange(8))
     train = torch.utils.data.DataLoader(data, batch_size=4)
     learn = Learner(DataLoaders(train, train), tiny_net(), loss_func=nn.CrossEntropyLoss(), cbs=FixMatch(views))
-    assert told(learn, 1) == []
+    assert warnings_of(learn, 1) == []

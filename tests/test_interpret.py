@@ -1,4 +1,4 @@
-"Looking at the whole pool: numbers against independent ones, nothing changed by looking, every kind of loader and policy"
+"Looking at the whole pool: numbers against independent ones, nothing changed, every kind of loader and policy"
 
 import copy
 
@@ -31,7 +31,6 @@ from fixmatch_fastai.all import (
     select_to_label,
     weak_augment,
 )
-from fixmatch_fastai.interpret import _central, _typical, _unit
 from fixmatch_fastai.uncertainty import FeatureDensity, MCDropout, ScoreThreshold, entropy
 
 look = PseudoLabelInterpretation.from_learner
@@ -57,10 +56,11 @@ def made_up(probs, truth=None, threshold=0.9, vocab='abc'):
     weights = (probs.max(1).values >= threshold).float()
     truth = None if truth is None else torch.tensor(truth)
     learn = SimpleNamespace(dls=SimpleNamespace(vocab=list(vocab)))
-    return PseudoLabelInterpretation(learn, None, probs, probs.argmax(1), weights, truth, torch.arange(len(probs)), FixedThreshold(threshold), {})
+    idxs, policy = torch.arange(len(probs)), FixedThreshold(threshold)
+    return PseudoLabelInterpretation(learn, None, probs, probs.argmax(1), weights, truth, idxs, policy, {})
 
 
-# --- what is looked at -------------------------------------------------------------------------------------------------------------------
+# --- what is looked at
 
 
 def test_numbers_are_those_of_validation(trained, pool):
@@ -72,36 +72,50 @@ def test_numbers_are_those_of_validation(trained, pool):
     truth = [trained.dls.vocab.o2i[parent_label(o)] for o in pool]
     assert interp.truth.tolist() == truth
     df = interp.to_df()
-    assert df.item.tolist() == list(pool) and df.right.tolist() == (interp.probs.argmax(1) == torch.tensor(truth)).tolist()
+    assert df.item.tolist() == list(pool)
+    assert df.right.tolist() == (interp.probs.argmax(1) == torch.tensor(truth)).tolist()
     counted = df[df.weight > 0]
-    assert f'{len(counted):,} pseudo-labels count' in repr(interp) and f'{counted.right.mean():.1%} of them right' in repr(interp)
+    assert f'{len(counted):,} pseudo-labels count' in repr(interp)
+    assert f'{counted.right.mean():.1%} of them right' in repr(interp)
 
 
-@pytest.mark.parametrize('policy', [FlexMatch, FreeMatch, SoftMatch, AdaMatch, UDA, Dash, DebiasMatch, FeatureDensity, lambda: ScoreThreshold(entropy, 2.0)])
+POLICIES = [FlexMatch, FreeMatch, SoftMatch, AdaMatch, UDA, Dash, DebiasMatch, FeatureDensity]
+
+
+@pytest.mark.parametrize('policy', [*POLICIES, lambda: ScoreThreshold(entropy, 2.0)])
 def test_every_policy_and_nothing_is_remembered(make_learner, policy):
     learn = make_learner(fixmatch={'threshold': 0.95, 'policy': policy()})
     quiet_fit(learn, 1)
-    before = copy.deepcopy(learn.fix_match.policy.state_dict()), copy.deepcopy(learn.model.state_dict()), list(learn.cbs), learn.model.training
+    memory, weights = (copy.deepcopy(dict(o.state_dict())) for o in (learn.fix_match.policy, learn.model))
+    cbs, training = list(learn.cbs), learn.model.training
     interp = look(learn)
-    assert len(interp) == 100 and ((0 <= interp.weights) & (interp.weights <= 1)).all() and interp.targets.dtype == torch.int64
-    after = learn.fix_match.policy.state_dict(), learn.model.state_dict(), list(learn.cbs), learn.model.training
-    assert before[2:] == after[2:]
-    for a, b in zip(before[:2], after[:2]):
-        assert a.keys() == b.keys()
-        for k in a:
-            torch.testing.assert_close(a[k], b[k], rtol=0, atol=0, equal_nan=True)
+    assert len(interp) == 100 and interp.targets.dtype == torch.int64
+    assert ((0 <= interp.weights) & (interp.weights <= 1)).all()
+    assert list(learn.cbs) == cbs and learn.model.training == training
+    for before, o in ((memory, learn.fix_match.policy), (weights, learn.model)):
+        torch.testing.assert_close(dict(o.state_dict()), before, rtol=0, atol=0, equal_nan=True)
     interp.plot_acceptance()
     quiet_fit(learn, 1)
 
 
 def test_dropout_is_drawn_for_the_policy_alone(make_learner):
     net = nn.Sequential(tiny_net()[0], nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(128, 10))
-    learn = make_learner(model=net, fixmatch={'threshold': 0.95, 'policy': FixedThreshold(0.0) & MCDropout(at_most=0.5, n_passes=3)})
+    policy = FixedThreshold(0.0) & MCDropout(at_most=0.5, n_passes=3)
+    learn = make_learner(model=net, fixmatch={'threshold': 0.95, 'policy': policy})
     quiet_fit(learn, 1)
     assert torch.equal(look(learn).probs, look(learn).probs)
 
 
-@pytest.mark.parametrize('opts', [dict(num_workers=2), dict(cache=True), dict(tfm=FixMatchBatchTransform(weak=WEAK)), dict(bs=7), dict(bs=1000)], ids=str)
+LOADERS = {
+    'workers': dict(num_workers=2),
+    'cache': dict(cache=True),
+    'views of a batch': dict(tfm=FixMatchBatchTransform(weak=WEAK)),
+    'small batches': dict(bs=7),
+    'one batch': dict(bs=1000),
+}
+
+
+@pytest.mark.parametrize('opts', LOADERS.values(), ids=LOADERS)
 def test_loaders(trained, pool, opts):
     whole = look(trained)
     interp = look(trained, trained.dls.unlabeled_dl(pool, **{'label_func': parent_label, **opts}))
@@ -175,7 +189,8 @@ def test_torch_loaders(make_learner, tmp_path, pool):
     learn = make_learner(loader=make(), fixmatch={'threshold': 0.12})
     quiet_fit(learn, 1)
     interp = look(learn)
-    assert len(interp) == 100 and interp.truth.tolist() == folder.targets and interp.to_df().item.tolist() == [o for o, _ in folder.samples]
+    assert len(interp) == 100 and interp.truth.tolist() == folder.targets
+    assert interp.to_df().item.tolist() == [o for o, _ in folder.samples]
     assert len(interp.plot_images('uncertain', 4).axes) == 4
     assert len(interp.suggest_labels(5)) == 5
     mixed = look(learn, make(shuffle=True))
@@ -184,7 +199,7 @@ def test_torch_loaders(make_learner, tmp_path, pool):
         mixed.plot_images()
 
 
-# --- what is made of it ------------------------------------------------------------------------------------------------------------------
+# --- what is made of it
 
 
 def test_acceptance_by_hand():
@@ -209,7 +224,8 @@ def bars(ax):
 def test_acceptance_is_drawn():
     probs, truth = [[0.95, 0.05, 0], [0.96, 0, 0.04], [0.5, 0.3, 0.2], [0.02, 0.98, 0]], [0, 2, 0, -1]
     drawn = bars(made_up(probs, truth).plot_acceptance())
-    assert drawn == {'counts, right': [1, 0, 0], 'counts, wrong': [1, 0, 0], 'counts': [0, 1, 0], 'does not count': [1, 0, 0]}
+    counts = {'counts, right': [1, 0, 0], 'counts, wrong': [1, 0, 0], 'counts': [0, 1, 0]}
+    assert drawn == {**counts, 'does not count': [1, 0, 0]}
     assert set(bars(made_up(probs).plot_acceptance())) == {'counts', 'does not count'}
     many = made_up(np.eye(60, dtype=np.float32).tolist(), threshold=0.5, vocab=[f'class {i}' for i in range(60)])
     assert len(many.plot_acceptance(max_n=40).get_yticklabels()) == 40
@@ -232,11 +248,13 @@ def test_calibration_against_a_loop():
         row = interp.calibration().iloc[i]
         assert row.images == inside.sum()
         if inside.any():
-            assert row.accuracy == pytest.approx(right[inside].mean()) and row.confidence == pytest.approx(conf[inside].mean(), abs=1e-6)
+            assert row.accuracy == pytest.approx(right[inside].mean())
+            assert row.confidence == pytest.approx(conf[inside].mean(), abs=1e-6)
             error += inside.sum() / known.sum() * abs(right[inside].mean() - conf[inside].mean())
     assert interp.calibration_error() == pytest.approx(error, abs=1e-6)
     ax = interp.plot_calibration()
-    assert f'{error:.3f}' in ax.get_title() and 'threshold 0.9' in [o.get_text() for o in ax.figure.axes[1].get_legend().get_texts()]
+    assert f'{error:.3f}' in ax.get_title()
+    assert 'threshold 0.9' in [o.get_text() for o in ax.figure.axes[1].get_legend().get_texts()]
 
 
 def test_largest_losses_first(trained):
@@ -258,27 +276,30 @@ def test_which_images(trained):
     assert max(abs(o - 0.3) for o in shown('border')) <= sorted((interp.confidence - 0.3).abs().tolist())[12] + 0.02
     interp = look(trained, policy=FixedThreshold(0.15))  # so low that some are wrong
     rows = interp.confidence.argsort(descending=True, stable=True)
-    expected = ['0.5' if not interp.counted[i] else 'tab:green' if interp.right[i] else 'tab:red' for i in rows]
+    expected = [('tab:green' if interp.right[i] else 'tab:red') if interp.counted[i] else '0.5' for i in rows]
     colors = [ax.title.get_color() for ax in interp.plot_images('confident', 100).axes[:100]]
     assert colors == expected and len(set(colors)) == 3, 'some count, right and wrong, some do not'
 
 
 def test_without_truth():
     interp = made_up([[0.95, 0.05, 0]])
-    for name in ('confusion_matrix', 'plot_confusion_matrix', 'most_confused', 'calibration', 'plot_calibration', 'plot_top_losses'):
+    needs_truth = interp.confusion_matrix, interp.most_confused, interp.calibration
+    for f in (*needs_truth, interp.plot_confusion_matrix, interp.plot_calibration, interp.plot_top_losses):
         with pytest.raises(ValueError, match='label_func'):
-            getattr(interp, name)()
-    assert list(interp.to_df()) == ['item', 'predicted', 'confidence', 'weight'] and 'right' not in repr(interp)
+            f()
+    assert list(interp.to_df()) == ['item', 'predicted', 'confidence', 'weight']
+    assert 'right' not in repr(interp)
 
 
-# --- what to label -----------------------------------------------------------------------------------------------------------------------
+# --- what to label
 
 
 def test_doubts_by_hand():
     "1 − margin; of a class of which nothing counts, twice as much, as the mean of (5 + 1, 1, 1) over 1 is above 4"
     interp = made_up([[0.95, 0.05, 0]] * 17 + [[0.5, 0.3, 0.2], [0.3, 0.5, 0.2]])
     counts = torch.tensor([18.0, 1.0, 1.0])
-    torch.testing.assert_close(interp.doubts()[-2:], torch.stack([0.8 * (counts.mean() / 18).sqrt(), torch.tensor(0.8) * 2]))
+    expected = torch.stack([0.8 * (counts.mean() / 18).sqrt(), torch.tensor(0.8) * 2])
+    torch.testing.assert_close(interp.doubts()[-2:], expected)
 
 
 def test_suggestions(trained, pool):
@@ -293,37 +314,64 @@ def test_suggestions(trained, pool):
     row = interp.suggest_labels(1).iloc[0]
     i = pool.index(row['item'])
     first, second = interp.probs[i].topk(2).indices.tolist()
-    assert (row.predicted, row.second) == (interp.vocab[first], interp.vocab[second]) and row.confidence == pytest.approx(interp.confidence[i].item())
+    assert (row.predicted, row.second) == (interp.vocab[first], interp.vocab[second])
+    assert row.confidence == pytest.approx(interp.confidence[i].item())
     with pytest.raises(ValueError, match='between 1 and 100'):
         interp.suggest_labels(101)
     assert len(plot_to_label(interp.suggest_labels(5)).axes) == 5
 
 
-def test_central_of_groups_that_are_plain_to_see():
+def unit(f):
+    return f / np.linalg.norm(f, axis=1, keepdims=True)
+
+
+def of_features(f):
+    "An interpretation of images that the model doubts equally, and knows by `f`"
+    interp = made_up([[0.4, 0.35, 0.25]] * len(f))
+    interp.features = lambda rows: f[rows]
+    interp.items = lambda rows: rows.tolist()
+    return interp
+
+
+def test_suggestions_are_central_in_groups_that_are_plain_to_see():
     rng = np.random.default_rng(0)
-    centers = np.array([[10, 0, 0], [0, 10, 0], [0, 0, 10.0]])
-    f = np.concatenate([centers[[k]] + np.r_[np.zeros((1, 3)), rng.normal(0, 1, (n, 3))] for k, n in ((0, 30), (1, 20), (2, 10))]).astype(np.float32)
-    chosen, sizes = _central(f, 3, 0, np.ones(len(f)))
-    assert sizes == [31, 21, 11]
-    for place, (k, start, n) in zip(chosen, ((0, 0, 31), (1, 31, 21), (2, 52, 11))):
-        members = _unit(f)[start : start + n]
-        assert place - start == ((members - members.mean(0)) ** 2).sum(1).argmin()
+    f = np.concatenate([10 * np.eye(3)[k] + rng.normal(0, 1, (n, 3)) for k, n in ((0, 15), (1, 10), (2, 5))])
+    df = of_features(f.astype(np.float32)).suggest_labels(3)
+    assert df.stands_for.tolist() == [15, 10, 5]
+    for i, members in zip(df['item'], (range(15), range(15, 25), range(25, 30))):
+        distances = ((unit(f)[members] - unit(f)[members].mean(0)) ** 2).sum(1)
+        assert i == members[distances.argmin()]
 
 
-def test_typical_against_all_distances():
+def plain_images(colors):
+    return [np.full((8, 8, 3), o, dtype=np.uint8) for o in colors]
+
+
+class Colors(nn.Conv2d):
+    "A body whose features are an image's colours"
+
+    def __init__(self):
+        super().__init__(3, 3, 1)
+        mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD  # with which timm normalises
+        self.weight.data, self.bias.data = torch.diag(torch.tensor(std))[:, :, None, None], torch.tensor(mean)
+
+
+def test_select_is_most_typical_by_all_distances():
     rng = np.random.default_rng(1)
-    f = np.concatenate([rng.normal(0, 1, (n, 5)) + 8 * np.eye(5)[k] for k, n in ((0, 40), (1, 12), (2, 30))]).astype(np.float32)
-    chosen, sizes = _typical(f, 3, 0)
-    assert sizes == [40, 30, 12]
-    for place, (start, n) in zip(chosen, ((0, 40), (52, 30), (40, 12))):
-        d = np.sort(cdist(_unit(f)[start : start + n], _unit(f)[start : start + n]), 1)[:, : min(21, n)]
-        assert place - start == d.mean(1).argmin()
+    groups = (0, 30), (1, 9), (2, 23)  # more than the 20 neighbours that count, and fewer
+    colors = np.concatenate([200 * np.eye(3)[k] + rng.integers(0, 50, (n, 3)) for k, n in groups])
+    df = select_to_label(plain_images(colors), 3, Colors())
+    assert df.stands_for.tolist() == [30, 23, 9]
+    for i, members in zip(df['item'], (range(30), range(39, 62), range(30, 39))):
+        f = unit(colors[members])
+        nearest = np.sort(cdist(f, f), 1)[:, : min(21, len(f))]
+        assert i == members[nearest.mean(1).argmin()]
 
 
 def test_alike_images_are_filled_up():
-    same = np.ones((12, 4), dtype=np.float32)
-    for f in (_typical(same, 5, 0), _central(same, 5, 0, np.ones(12))):
-        assert len(set(f[0])) == 5 == len(f[1])
+    alike = plain_images([(9, 9, 9)] * 12)
+    for df in (select_to_label(alike, 5), of_features(np.ones((12, 4), dtype=np.float32)).suggest_labels(5)):
+        assert len(set(df['item'])) == 5 == len(df.stands_for)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +388,8 @@ def test_select_with(net, pool):
     set_seed(0)
     net = net and net().train()
     df = select_to_label(pool[:40], 6, net)
-    assert len(set(df['item'])) == 6 and set(df['item']) <= set(pool) and df.stands_for.sum() == 40 and (df.label == '').all()
+    assert len(set(df['item'])) == 6 and set(df['item']) <= set(pool)
+    assert df.stands_for.sum() == 40 and (df.label == '').all()
     assert net is None or net.training, 'as it was'
     pd.testing.assert_frame_equal(df, select_to_label(pool[:40], 6, net))
 
@@ -373,7 +422,7 @@ def test_select_from_other_things(pool, tmp_path, photo):
 def test_select_leaves_damaged_files_out(pool, tmp_path):
     bad = tmp_path / 'bad.png'
     bad.write_bytes(b'')
-    with pytest.warns(UserWarning, match=r"1 of 6 images can't be opened and are left out, the first of them .*bad.png"):
+    with pytest.warns(UserWarning, match="1 of 6 images can't be opened and are left out, the first .*bad.png"):
         df = select_to_label([*pool[:5], bad], 5)
     assert set(df['item']) == set(pool[:5])
     with pytest.warns(UserWarning), pytest.raises(ValueError, match='Only 5 of the images'):
@@ -389,7 +438,7 @@ def test_select_says_what_is_wrong(pool):
         select_to_label('photos', 3)
 
 
-# --- live --------------------------------------------------------------------------------------------------------------------------------
+# --- live
 
 
 class FakeBar:

@@ -1,11 +1,11 @@
-"What goes wrong unseen is told, once, with what helps; training goes on unless asked to stop"
+"Of what goes wrong unseen there is a warning, once, with what helps; training goes on unless asked to stop"
 
 import warnings
 
 import pytest
 import torch
 from conftest import quiet_fit, tiny_net
-from fastai.vision.all import Callback, Learner, TerminateOnNaNCallback
+from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, TerminateOnNaNCallback
 
 from fixmatch_fastai.all import UDA, FixMatch, Policy, PseudoLabels, StopOnTrouble
 
@@ -42,29 +42,32 @@ class Spoil(Callback):
 def fit(make_dls, make_learner):
     def fit(policy, epochs=2, n_batches=60, cbs=(), method='fit', **kwargs):
         learn = make_learner(dls=make_dls(n_batches=n_batches), fixmatch=dict(policy=policy, threshold=0.95), **kwargs)
-        with warnings.catch_warnings(record=True) as said:
+        args, options = ([epochs], {'cbs': list(cbs)}) if method == 'fit' else ([], {'show_plot': False})
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
-            quiet_fit(learn, *([epochs] if method == 'fit' else []), method=method, **({'cbs': list(cbs)} if method == 'fit' else {'show_plot': False}))
-        said = [str(o.message) for o in said if issubclass(o.category, UserWarning)]
-        return learn, [o for o in said if 'usually helps' in o]
+            quiet_fit(learn, *args, method=method, **options)
+        found = [str(o.message) for o in caught if issubclass(o.category, UserWarning)]
+        return learn, [o for o in found if 'usually helps' in o]
 
     return fit
 
 
-def test_nothing_is_said_of_a_good_run(fit):
-    learn, said = fit(Says(range(10), 2))
-    assert said == [] and learn.fix_match._recorder.trouble == {}
+def test_no_warning_in_a_good_run(fit):
+    learn, found = fit(Says(range(10), 2))
+    assert found == [] and learn.semi_recorder.trouble == {}
 
 
 def test_not_finite(fit):
-    learn, said = fit(Says(range(10), 2), cbs=[Spoil(70)])
-    assert len(said) == 1 and said[0].startswith('The loss is not a finite number since step 70: a lower learning rate')
+    learn, found = fit(Says(range(10), 2), cbs=[Spoil(70)])
+    assert len(found) == 1
+    assert found[0].startswith('The loss is not a finite number since step 70: a lower learning rate')
     assert len(learn.fix_match.history) == 120, 'training goes on'
 
 
 def test_none_counts(fit):
-    learn, said = fit(Says(range(10), 2, weight=0.0))
-    assert len(said) == 1 and said[0].startswith('No pseudo-label has counted for 100 steps') and 'FreeMatch()' in said[0]
+    learn, found = fit(Says(range(10), 2, weight=0.0))
+    assert len(found) == 1 and found[0].startswith('No pseudo-label has counted for 100 steps')
+    assert 'FreeMatch()' in found[0]
 
 
 def test_none_counts_in_a_short_fit(fit):
@@ -83,8 +86,9 @@ def test_some_count(fit):
 
 
 def test_one_class(fit):
-    learn, said = fit(Says([3]))
-    assert len(said) == 1 and said[0].startswith("For 100 steps the model has said '3' of (nearly) all unlabelled images") and 'AdaMatch()' in said[0]
+    learn, found = fit(Says([3]))
+    assert len(found) == 1 and 'AdaMatch()' in found[0]
+    assert found[0].startswith("For 100 steps the model has said '3' of (nearly) all unlabelled images")
 
 
 def test_soft_targets_of_one_class(fit):
@@ -105,26 +109,25 @@ def test_all_but_one_image(fit):
     assert fit(Says([3], 7))[1] == []
 
 
-def test_several_troubles_are_told_each(fit):
-    learn, said = fit(Says([3], weight=0.0), cbs=[Spoil(5)])
-    assert len(said) == 3 and list(learn.fix_match._recorder.trouble.values()) == said
+def test_each_trouble_has_its_warning(fit):
+    learn, found = fit(Says([3], weight=0.0), cbs=[Spoil(5)])
+    assert len(found) == 3 and list(learn.semi_recorder.trouble.values()) == found
 
 
-def test_told_again_in_the_next_fit(fit):
+@pytest.mark.slow
+def test_warned_again_in_the_next_fit(fit):
     learn, _ = fit(Says([3]))
     with pytest.warns(UserWarning, match="has said '3'"):
         quiet_fit(learn, 2)
 
 
 def test_lr_find_is_left_alone(fit):
-    learn, said = fit(Says([3]), method='lr_find', cbs=[Spoil(5)])
-    assert said == []
+    learn, found = fit(Says([3]), method='lr_find', cbs=[Spoil(5)])
+    assert found == []
 
 
 def test_without_a_vocabulary():
     views = [(torch.randn(8, 1, 16, 16), torch.randn(8, 1, 16, 16))]
-    from fastai.vision.all import CrossEntropyLossFlat, DataLoaders
-
     dl = [(torch.randn(4, 1, 16, 16), torch.arange(4))] * 20
     learn = Learner(DataLoaders(dl, dl), tiny_net(), CrossEntropyLossFlat(), cbs=FixMatch(views, policy=Says([7])))
     with pytest.warns(UserWarning, match='has said class 7 of'):
@@ -132,14 +135,14 @@ def test_without_a_vocabulary():
 
 
 def test_stop(fit):
-    learn, said = fit(Says([3]), epochs=2, n_batches=150, cbs=[StopOnTrouble()])
-    assert len(said) == 1 and len(learn.fix_match.history) == 100
+    learn, found = fit(Says([3]), epochs=2, n_batches=150, cbs=[StopOnTrouble()])
+    assert len(found) == 1 and len(learn.fix_match.history) == 100
     assert len(learn.validate()) == 2 and learn.fix_match.stream is None
 
 
 def test_stop_at_the_end_of_a_short_epoch(fit):
-    learn, said = fit(Says([3], weight=0.0), epochs=5, n_batches=20, cbs=[StopOnTrouble()])
-    assert len(said) == 2 and len(learn.fix_match.history) == 100
+    learn, found = fit(Says([3], weight=0.0), epochs=5, n_batches=20, cbs=[StopOnTrouble()])
+    assert len(found) == 2 and len(learn.fix_match.history) == 100
 
 
 def test_stop_without_fixmatch(make_dls):
@@ -149,9 +152,10 @@ def test_stop_without_fixmatch(make_dls):
 
 
 def test_beside_fastais_own(fit):
-    learn, said = fit(Says(range(10), 2), cbs=[Spoil(5), TerminateOnNaNCallback()])
+    learn, found = fit(Says(range(10), 2), cbs=[Spoil(5), TerminateOnNaNCallback()])
     assert len(learn.fix_match.history) <= 7
 
 
+@pytest.mark.slow
 def test_a_real_policy_at_an_impossible_threshold(fit):
     assert len(fit(UDA(1.0))[1]) == 1
