@@ -1,11 +1,12 @@
-"""What works beside FixMatch on a GPU: the rows of tests/matrix.py in single, half and bfloat16 precision and channels-last.
+"""What works beside FixMatch on a GPU: rows of tests/matrix.py in fp32, fp16, bfloat16 and channels-last.
 
     python benchmarks/gpu_matrix.py --device cuda                      all rows in all precisions, some minutes
     python benchmarks/gpu_matrix.py --device cuda --only MixUp fit     rows with these words in their names
-    python benchmarks/gpu_matrix.py --device cuda --processes 14       the same in a minute, where there are as many cores
+    python benchmarks/gpu_matrix.py --device cuda --processes 14       the same in a minute, with as many cores
 
-It needs pytest beside the package, and writes gpu_matrix.md with hardware and versions. On the CPU, fastai's mixed precision does
-nothing, and the networks return half-precision logits instead: that shows that the script runs, not that a GPU does.
+It needs pytest beside the package, and writes gpu_matrix.md with hardware and versions. On the CPU, fastai's mixed
+precision does nothing, and the networks return half-precision logits instead: that shows that the script runs, not
+that a GPU does.
 """
 
 import argparse
@@ -40,7 +41,9 @@ VERSIONS = ['fastai', 'torch', 'torchvision', 'timm']
 
 def hardware(device):
     versions = ', '.join(f'{o} {__import__(o).__version__}' for o in VERSIONS)
-    name = f'{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}' if torch.device(device).type == 'cuda' else platform.machine()
+    name = platform.machine()
+    if torch.device(device).type == 'cuda':
+        name = f'{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}'
     return f'{name}, Python {platform.python_version()}, {versions}'
 
 
@@ -52,7 +55,8 @@ def outcome(row, bench):
     except pytest.skip.Exception as e:
         return f'not run: {e.msg}'
     except Exception as e:
-        return f'fails: {row.broken or type(e).__name__ + ": " + (str(e).strip().splitlines() or [""])[0][:200]}'
+        reason = next(iter(str(e).strip().splitlines()), '')[:200]
+        return f'fails: {row.broken or f"{type(e).__name__}: {reason}"}'
     return 'works'
 
 
@@ -71,18 +75,20 @@ def trials(rows, device, precisions, processes):
         return
     with ProcessPoolExecutor(processes, get_context('spawn')) as pool:
         outcomes = [pool.submit(trial, ROWS.index(row), device, precision) for row, precision in todo]
-        for (row, precision), said in zip(todo, outcomes):
-            yield row, precision, said.result()
+        for (row, precision), found in zip(todo, outcomes):
+            yield row, precision, found.result()
 
 
 def page(results, device):
     "Row -> precision -> outcome, as Markdown"
     columns = list(next(iter(results.values())))
-    lines = [[matrix_page.shown(name), *(o.split(':')[0] for o in said.values())] for name, said in results.items()]
-    kinds = [o.split(':')[0] for said in results.values() for o in said.values()]
+    kinds_of = {name: [o.split(':')[0] for o in found.values()] for name, found in results.items()}
+    lines = [[matrix_page.shown(name), *kinds] for name, kinds in kinds_of.items()]
+    kinds = [o for found in kinds_of.values() for o in found]
     counts = ', '.join(f'{kinds.count(o)} {o}' for o in dict.fromkeys(kinds))
-    title = '# What works beside FixMatch, on a GPU' if torch.device(device).type == 'cuda' else '# What works beside FixMatch, a trial on the CPU'
-    parts = [title, f'{hardware(device)}. {len(results)} rows: {counts}.', matrix_page.table(lines, ['beside FixMatch', *(PRECISIONS[o] for o in columns)])]
+    where = 'on a GPU' if torch.device(device).type == 'cuda' else 'a trial on the CPU'
+    table = matrix_page.table(lines, ['beside FixMatch', *(PRECISIONS[o] for o in columns)])
+    parts = [f'# What works beside FixMatch, {where}', f'{hardware(device)}. {len(results)} rows: {counts}.', table]
     if why := matrix_page.notes(results, PRECISIONS):
         parts.append('\n'.join(why))
     return '\n\n'.join(parts) + '\n'
@@ -103,10 +109,10 @@ def main(argv=None):
         sys.exit(f'No row has {" or ".join(args.only)} in its name.')
     results = {o.name: {} for o in rows}
     start = time.time()
-    for row, precision, said in trials(rows, args.device, args.precision, args.processes):
-        results[row.name][precision] = said
-        if said != 'works':
-            print(f'{precision}, {row.name}: {said}', flush=True)
+    for row, precision, result in trials(rows, args.device, args.precision, args.processes):
+        results[row.name][precision] = result
+        if result != 'works':
+            print(f'{precision}, {row.name}: {result}', flush=True)
     print(f'{len(rows) * len(args.precision)} trials in {time.time() - start:.0f} s', flush=True)
     (args.out / 'gpu_matrix.md').write_text(page(results, args.device), encoding='utf-8')
 
