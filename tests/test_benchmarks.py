@@ -38,7 +38,12 @@ def test_policies(tmp_path, monkeypatch, capsys):
     ]
     policies.main(args)
     rows = list(csv.DictReader((tmp_path / 'policies.csv').open()))
-    assert [(r['method'], r['seed']) for r in rows] == [('supervised', '0'), ('mutual information', '0'), ('supervised', '1'), ('mutual information', '1')]
+    assert [(r['method'], r['seed']) for r in rows] == [
+        ('supervised', '0'),
+        ('mutual information', '0'),
+        ('supervised', '1'),
+        ('mutual information', '1'),
+    ]
     assert all(0 <= float(r['accuracy']) <= 1 and r['n_test'] == '497' for r in rows)
     text = (tmp_path / 'policies.md').read_text()
     assert '## digits, 10 labels' in text and '3 steps of 16 labelled and 32 unlabelled images, 2 seeds' in text
@@ -94,7 +99,9 @@ def test_speed(small, tmp_path):
     assert '### The step' in text and '| small |' in text and '### Growth with mu' in text and '### Views' not in text
     assert 'Not measured yet: `make bench ARGS="--device cuda"`' in text
     speed.main(['--out', str(tmp_path), '--only', 'steps', '--rounds', '1'])
-    assert '### Growth with mu' in (tmp_path / 'results.md').read_text(encoding='utf-8'), 'one table is measured anew, the others stay'
+    assert '### Growth with mu' in (tmp_path / 'results.md').read_text(encoding='utf-8'), (
+        'one table is measured anew, the others stay'
+    )
 
 
 def test_start_up(capsys):
@@ -133,7 +140,9 @@ def photos(tmp_path):
         for c in ('cat', 'dog'):
             (tmp_path / 'photos' / part / c).mkdir(parents=True)
             for i in range(n):
-                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / 'photos' / part / c / f'{i}.png')
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+                    tmp_path / 'photos' / part / c / f'{i}.png'
+                )
     return tmp_path / 'photos'
 
 

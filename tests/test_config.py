@@ -33,9 +33,9 @@ def mistake(*settings, file=None):
 
 def test_import_of_the_configuration_is_light():
     heavy = ['torch', 'fastai', 'pandas', 'matplotlib', 'timm']
-    code = f'''import sys, fixmatch_fastai.experiment.config as c
+    code = f"""import sys, fixmatch_fastai.experiment.config as c
 c.help_table()
-print([o for o in {heavy} if o in sys.modules])'''
+print([o for o in {heavy} if o in sys.modules])"""
     res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
     assert res.stdout.strip() == '[]', res.stderr
 

@@ -58,7 +58,7 @@ def _thresholds(fm):
     if t.numel() == 1: return dict(threshold=t.clone()) # a tensor: nothing waits for the device
     return dict(threshold_min=t.min(), threshold_mean=t.float().mean(), threshold_max=t.max())
 
-# %% ../../nbs/experiment/05_tracking.ipynb #01ddfc4c
+# %% ../../nbs/experiment/05_tracking.ipynb #5e4baba3
 _unfinished = {} # run_id to client
 
 @atexit.register
@@ -69,9 +69,9 @@ def _mark_unfinished():
 class MLflowCallback(Callback):
     "Logs fits as a run of [MLflow](https://mlflow.org); a server that goes away does not stop the training"
     order,run_valid = 70,False # after Recorder (50), all that add to its log, and SaveModel (61)
-    _stateattrs = ('_steps','_metrics','_fitting','_begun','_failed','_not_before') # an exported learner has none of it
+    _stateattrs = ('_steps','_unsent','_fitting','_begun','_failed','_not_before') # an exported learner has none of it
     _learn,_fitting,_begun,_failed = None,False,False,False
-    _steps,_metrics,_not_before = (),(),0.
+    _steps,_unsent,_not_before = (),(),0.
     uri = None # where the run is, from the first fit on
 
     def __init__(self,
@@ -105,7 +105,7 @@ class MLflowCallback(Callback):
             self._end('KILLED' if isinstance(sys.exc_info()[1], KeyboardInterrupt) else 'FAILED')
         self._learn = learn
 
-# %% ../../nbs/experiment/05_tracking.ipynb #236a9e99
+# %% ../../nbs/experiment/05_tracking.ipynb #0dee28bc
 @patch
 def __call__(self:MLflowCallback, event_name):
     idle = rank_distrib() or hasattr(self.learn, 'lr_finder') or self.learn.lock.locked() # in `validate`, `get_preds`
@@ -116,7 +116,7 @@ def before_fit(self:MLflowCallback):
     database = (self.learn.path/'mlflow.db').resolve().as_posix()
     self.uri = self.tracking_uri or os.environ.get('MLFLOW_TRACKING_URI') or f'sqlite:///{database}'
     self._offset,self._done = self._offset+self._done,0
-    self._steps,self._metrics = [],list(self._metrics)
+    self._steps,self._unsent = [],list(self._unsent)
     self._fitting,self._begun = True,False
 
 @patch
@@ -140,12 +140,12 @@ def after_epoch(self:MLflowCallback):
 @patch
 def after_fit(self:MLflowCallback): self._end('FINISHED')
 
-# %% ../../nbs/experiment/05_tracking.ipynb #410580d6
+# %% ../../nbs/experiment/05_tracking.ipynb #cb8d9488
 @patch
 def _collect(self:MLflowCallback, values, step, seconds):
     "Put values among those that wait to be sent"
     from mlflow.entities import Metric
-    self._metrics += [Metric(k, float(v), int(1000*seconds), self._offset+step) for k,v in values.items()]
+    self._unsent += [Metric(k, float(v), int(1000*seconds), self._offset+step) for k,v in values.items()]
 
 @patch
 def _collect_steps(self:MLflowCallback):
@@ -197,17 +197,17 @@ def _experiment_id(self:MLflowCallback, client):
         files = (folder/'mlartifacts'/re.sub(r'\W+', '_', self.experiment)).as_uri()
     return client.create_experiment(self.experiment, artifact_location=files)
 
-# %% ../../nbs/experiment/05_tracking.ipynb #c19a1466
+# %% ../../nbs/experiment/05_tracking.ipynb #d5fed67f
 @patch
 def _send(self:MLflowCallback, status=None):
     "Send what waits, and end the run where there is a `status`"
     def send():
         client = self.client
         if not self._begun: self._begin(client)
-        if new := [o for o in self._metrics if o.step > self._sent]:
+        if new := [o for o in self._unsent if o.step > self._sent]:
             client.log_batch(self.run_id, metrics=new)
             client.set_tag(self.run_id, 'fixmatch_fastai.step', str(new[-1].step))
-        self._metrics = []
+        self._unsent = []
         if status is None: return
         client.set_terminated(self.run_id, status)
         _unfinished.pop(self.run_id, None)
@@ -217,7 +217,7 @@ def _send(self:MLflowCallback, status=None):
 def _end(self:MLflowCallback, status):
     self._fitting = False
     self._collect_steps()
-    if self._metrics or self.run_id is not None: self._send(status)
+    if self._unsent or self.run_id is not None: self._send(status)
 
 @patch
 def log_files(self:MLflowCallback,
