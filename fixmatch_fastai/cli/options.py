@@ -72,7 +72,7 @@ class Options:
     forward:str='joint'
     device_views:bool=False # make views on the GPU, a batch at a time: suits a GPU beside few cores
     cache:bool=False        # keep unlabelled images in memory, opened and resized
-    workers:int=None        # processes that open images; left out: one a core, 8 at most; with 0, a run repeats bit for bit
+    workers:int=None        # processes that open images; left out: one a core, 8 at most; 0: a run repeats bit for bit
     flip:bool=True          # mirrored images, which harm digits and text
     seed:int=42             # of the validation images, the starting weights and the views
 
