@@ -100,8 +100,8 @@ folders = '--labeled . --unlabeled . --out run'
 for command in (check_command, fixmatch_demo, fixmatch_predict, fixmatch_train):
     assert code(command, '--help') == 0
     assert code(command, '--polcy x') == 2
-wrong = ['--epochs many', '--bs 0', '--recipe finetun', '--forward join', '--labeled nowhere', '--weights gone.pth']
-for args in [*wrong, '--lr -1']:
+wrong = ['--epochs many', '--bs 0', '--recipe finetun', '--forward join', '--policy uba', '--labeled nowhere']
+for args in [*wrong, '--weights gone.pth', '--lr -1']:
     assert code(fixmatch_train, f'{folders} {args}') == 2, args
 assert code(fixmatch_train, '') == 2
 assert code(fixmatch_predict, '--learner gone.pkl new') == 2
