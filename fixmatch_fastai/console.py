@@ -53,8 +53,9 @@ def unknown_name(option, name, names):
 class Parser(argparse.ArgumentParser):
     "The options of a command, from the parameters of functions or dataclasses"
     def __init__(self, func, others=(), name=None, example=''):
-        example = f'Example: {example} ' if example else ''
-        super().__init__(name or func.__name__, description=func.__doc__, epilog=f'{example}(fixmatch_fastai {__version__})')
+        epilog = f'Example: {example} ' if example else ''
+        epilog += f'(fixmatch_fastai {__version__})'
+        super().__init__(name or func.__name__, description=func.__doc__, epilog=epilog)
         params = [o for f in (*others,func) for o in docments(f, full=True, returns=False, eval_str=True).items()]
         self.options = [self.add_option(k, o.anno, o.default, o.docment) for k,o in params if k != 'opts']
 
@@ -86,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 def run_command(
     func,     # What `command` returned
     argv=None # Arguments as text; default: the command line's
-)->int: # Exit code: 0, 1 where something was found or nothing came of it, 2 for a mistake in the arguments, 130 after Ctrl-C
+)->int: # Exit code: 0; 1, something was found or nothing came of it; 2, a mistake in the arguments; 130, Ctrl-C
     "Run a command; what is wrong goes to stderr"
     argv = map(str, sys.argv[1:] if argv is None else argv)
     argv = [re.sub('^--(un)?labelled', r'--\1labeled', o) for o in argv] # either spelling
@@ -122,7 +123,8 @@ def has_bar(): return sys.stdout.isatty() or type(sys.stdout).__name__ == 'OutSt
 class Progress:
     "A bar in terminals and notebooks; elsewhere a line about every tenth of the work"
     def __init__(self, total, what='step'):
-        self.total,self.what,self.tenth,self.bar = max(1, total),what,0,None
+        self.total,self.what = max(1, total),what
+        self.tenth,self.bar = 0,None
         if not has_bar(): return
         from fastprogress.fastprogress import progress_bar
         self.bar = progress_bar(range(self.total))

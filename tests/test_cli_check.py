@@ -10,7 +10,7 @@ from fixmatch_fastai.cli.folders import find_images
 
 
 def check(*args, data=DATA):
-    return exit_code(check_command, *data, *args, *SMALL[:-2], '--no-speed')
+    return exit_code(check_command, *data, *SMALL[:-2], *args, '--no-speed')
 
 
 def test_check_says_whether_there_are_problems(there, tmp_path, capsys):

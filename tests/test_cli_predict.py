@@ -30,7 +30,8 @@ def predict(learner, *args):
 
 def test_predictions_are_the_learners_own(exported, there, tmp_path, capsys):
     assert predict(exported, 'new', '--out', tmp_path / 'p.csv', '--bs', 4, '--topk', 9) == 0
-    df, learn = pd.read_csv(tmp_path / 'p.csv'), load_learner(exported)
+    df = pd.read_csv(tmp_path / 'p.csv', dtype={'predicted': str})
+    learn = load_learner(exported)
     files = get_image_files('new').sorted()
     assert df.file.tolist() == [str(o) for o in files] and df.columns[-1] == 'error'
     bad = df.error.notna()

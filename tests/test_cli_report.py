@@ -29,10 +29,10 @@ def test_wilsons_interval_is_that_of_the_textbook():
 def test_the_interval_of_pairs_is_that_of_agresti_and_min():
     half = 1.959964 * (11 - 100 / 102) ** 0.5 / 102
     pair = [1] * 70 + [0] * 30, [1] * 60 + [0] * 40
-    assert paired_interval(*pair) == pytest.approx((10 / 102 - half, 10 / 102 + half), abs=1e-6)
-    assert paired_interval(*pair[::-1]) == pytest.approx((-10 / 102 - half, -10 / 102 + half), abs=1e-6)
-    low, high = paired_interval([True] * 8, [True] * 8)  # alike, which says little of as few images
-    assert low < -0.1 and high > 0.1
+    assert paired_interval(*pair) == pytest.approx((0.1, 10 / 102 - half, 10 / 102 + half), abs=1e-6)
+    assert paired_interval(*pair[::-1]) == pytest.approx((-0.1, -10 / 102 - half, -10 / 102 + half), abs=1e-6)
+    d, low, high = paired_interval([True] * 8, [True] * 8)  # alike, which says little of as few images
+    assert d == 0 and low < -0.1 and high > 0.1
 
 
 @pytest.mark.slow

@@ -100,8 +100,8 @@ folders = '--labeled . --unlabeled . --out run'
 for command in (check_command, fixmatch_demo, fixmatch_predict, fixmatch_train):
     assert code(command, '--help') == 0
     assert code(command, '--polcy x') == 2
-wrong = ('--epochs many', '--bs 0', '--recipe finetun', '--forward join', '--labeled nowhere', '--weights gone.pth', '--lr -1')
-for args in wrong:
+wrong = ['--epochs many', '--bs 0', '--recipe finetun', '--forward join', '--policy uba', '--labeled nowhere']
+for args in [*wrong, '--weights gone.pth', '--lr -1']:
     assert code(fixmatch_train, f'{folders} {args}') == 2, args
 assert code(fixmatch_train, '') == 2
 assert code(fixmatch_predict, '--learner gone.pkl new') == 2
@@ -133,9 +133,10 @@ def test_advice_is_in_words_of_the_command_line():
     assert in_options(replaced) == 'replaced, such as a.png (OSError).'
 
 
-def test_advice_of_a_running_fit_is_in_words_of_the_command_line(make_learner):
-    learn = make_learner(fixmatch={'threshold': 1.0})
+@pytest.mark.slow
+def test_advice_of_a_running_fit_is_in_words_of_the_command_line(make_dls, make_learner):
+    learn = make_learner(make_dls(n_batches=110), fixmatch={'threshold': 1.0})
     with pytest.warns(UserWarning, match='No pseudo-label has counted') as found, learn.no_bar(), learn.no_logging():
-        learn.fit(40)
+        learn.fit(1)
     text = in_options(next(str(o.message) for o in found if 'No pseudo-label' in str(o.message)))
     assert '--policy freematch' in text and '`' not in text

@@ -10,15 +10,14 @@ import itertools
 from collections import Counter
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from fastai.vision.all import Callback, CategoryBlock, DataBlock, ImageBlock, IndexSplitter, L, Learner, Normalize
 from fastai.vision.all import PILImage, PILImageBW, Resize, accuracy, parent_label, set_seed
 from ..augment import FixMatchTransform, weak_augment
 from ..callback import FixMatch
 from ..console import CommandError, Progress
-from ..labeled import WeakTransform, split_labeled
-from ..experiment.networks import small_cnn
+from ..data import WeakTransform, split_labeled
+from ..experiment import save_csv, save_figure, small_cnn
 from ..self_training import compare_supervised
 from PIL import Image
 
@@ -84,7 +83,8 @@ def compare(
     n_points:int=10       # How often the test accuracy is measured on the way
 ): # What `compare_supervised` returns
     "Train with and without `FixMatch` on the same few labels of `files`"
-    (train,test),weak = hold_out(files, n_test),weak_augment(flip=flip)
+    train,test = hold_out(files, n_test)
+    tfm = FixMatchTransform(weak=weak_augment(flip=flip))
     n_points = min(n_points, steps)
     n_batches = -(-steps//n_points) # whole epochs
     steps = n_points*n_batches
@@ -92,10 +92,10 @@ def compare(
     def make_learner(seed):
         labeled,_ = split_labeled(train, parent_label, n_labels, seed)
         set_seed(seed)
-        return small_learner(labeled, test, n_batches, weak, size)
+        return small_learner(labeled, test, n_batches, tfm.weak, size)
 
     def unlabeled_dl(dls, seed):
-        pool,tfm = choose_pool(train, n_labels, n_unlabeled, seed),FixMatchTransform(weak=weak)
+        pool = choose_pool(train, n_labels, n_unlabeled, seed)
         return dls.unlabeled_dl(pool, mu=mu, tfm=tfm, label_func=parent_label, num_workers=num_workers)
 
     def method(unlabeled_dl): return FixMatch(unlabeled_dl, threshold=threshold)
@@ -122,10 +122,8 @@ def describe(twin, n_labels, threshold)->str:
 def save(twin, out:Path):
     "Write `results.csv`, `accuracy.png`, `training.png` and `pseudo_labels.png`"
     out.mkdir(parents=True, exist_ok=True)
-    twin.runs.drop(columns='n_labels').to_csv(out/'results.csv', index=False)
-    twin.plot().figure.savefig(out/'accuracy.png', dpi=120)
-    fix_match = twin.learn.fix_match
-    fix_match.plot()[0].figure.savefig(out/'training.png', dpi=120)
+    save_csv(twin.runs.drop(columns='n_labels'), out/'results.csv')
+    save_figure(twin.plot().figure, out/'accuracy.png')
+    save_figure(twin.learn.fix_match.plot()[0].figure, out/'training.png')
     set_seed(0)
-    fix_match.show_pseudo_labels(16).savefig(out/'pseudo_labels.png', dpi=120)
-    plt.close('all')
+    save_figure(twin.learn.fix_match.show_pseudo_labels(16), out/'pseudo_labels.png')

@@ -40,7 +40,8 @@ def split_valid(
     seed:int
 )->tuple: # `(train, valid)`, by class
     "Keep some labelled images to validate on"
-    rng,train,valid = random.Random(seed),{},{}
+    rng = random.Random(seed)
+    train,valid = {},{}
     for k,files in images.items():
         if len(files) < 2:
             raise CommandError(f"There is only one labelled image of {k!r}, so none is left to validate on: "

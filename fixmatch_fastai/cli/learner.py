@@ -24,8 +24,7 @@ from ..experiment.policies import named_policies
 # %% ../../nbs/cli/03_learner.ipynb #61581541
 def policy_named(name, threshold=None):
     "A fresh policy"
-    cls = named_policies.get(name.lower())
-    if cls is None: raise unknown_name('--policy', name, list(named_policies))
+    cls = named_policies[name.lower()]
     if threshold is None: return cls()
     takes = [k for k,o in named_policies.items() if 'threshold' in inspect.signature(o).parameters]
     if name.lower() not in takes:

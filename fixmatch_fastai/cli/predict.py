@@ -92,8 +92,9 @@ def fixmatch_predict(
     from fixmatch_fastai.experiment.output import save_csv
     from fixmatch_fastai.self_training import predictions
     files,learn = _image_files(as_paths(files)),_load(learner)
-    vocab,rows,progress = [str(o) for o in learn.dls.vocab],[],Progress(len(files), 'image')
-    workers = default_workers() if workers is None else workers
+    vocab,rows = [str(o) for o in learn.dls.vocab],[]
+    progress = Progress(len(files), 'image')
+    if workers is None: workers = default_workers()
     for i,probs,why in predictions(learn, files, tta, bs, workers):
         rows.append(_row(files[i], probs, why, vocab, topk))
         progress.update(i+1)

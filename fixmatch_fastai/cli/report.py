@@ -9,6 +9,7 @@ __all__ = ['wilson_interval', 'paired_interval', 'Results', 'judge', 'percent', 
 # %% ../../nbs/cli/06_report.ipynb #98021ddd
 import base64,platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
@@ -35,12 +36,13 @@ def wilson_interval(
 def paired_interval(
     first, # Which images one has right, bool (n,)
     second # And the other
-)->tuple: # `(low, high)` of first − second, -1 to 1
-    "95 % interval of the difference of two accuracies on the same images (Agresti and Min 2005)"
+)->tuple: # `(difference, low, high)` of first − second, -1 to 1
+    "Difference of two accuracies on the same images, with its 95 % interval (Agresti and Min 2005)"
     d = np.asarray(first, dtype=float)-np.asarray(second, dtype=float)
     n = len(d)+2 # half an image more in each cell of the two-by-two table
-    mean,squares = d.sum()/n,(np.abs(d).sum()+1)/n
-    return tuple(np.clip(stats.norm.interval(.95, mean, np.sqrt((squares-mean**2)/n)), -1, 1).tolist())
+    mean,squares = d.sum()/n,((d**2).sum()+1)/n
+    ends = stats.norm.interval(.95, mean, np.sqrt((squares-mean**2)/n))
+    return float(d.mean()),*np.clip(ends, -1, 1).tolist()
 
 # %% ../../nbs/cli/06_report.ipynb #28a91a59
 @dataclass
@@ -58,21 +60,12 @@ class Results:
     def right(self): return (self.probs.argmax(1) == self.truth).numpy()
 
     @property
-    def accuracy(self): return float(self.right.mean())
-
-    @property
     def interval(self): return wilson_interval(int(self.right.sum()), len(self.right))
 
     @property
     def chance(self)->float: # 0 to 1
         "Accuracy of always naming the class that most validation images are of"
         return float(self.truth.bincount().max()/len(self.truth))
-
-    @property
-    def pool_left_out(self)->bool:
-        "Did no step of the training that has just been use an unlabelled image?"
-        history = self.learn.fix_match.history
-        return len(history) > 0 and bool(history.mask_rate.isna().all())
 
 def judge(
     run:Training,
@@ -95,7 +88,7 @@ def percent(v): return f'{100*v:.1f} %'
 
 def _difference(first, second, more=''):
     "That of two accuracies in words; `more` goes into the brackets"
-    d,(low,high) = first.mean()-second.mean(),paired_interval(first, second)
+    d,low,high = paired_interval(first, second)
     sure = 'more than chance would explain'
     if low <= 0 <= high: sure = 'so with these few images the two can not be told apart'
     return f"Difference {100*d:+.1f} points (95 % interval {100*low:+.1f} to {100*high:+.1f}{more}), {sure}"
@@ -104,82 +97,84 @@ _left_out = ("The unlabelled images were left out: on too many of them the netwo
              "contradicts the probe, so its pseudo-labels would teach mistakes. "
              "Label a few more images, or look at what the pool shows.")
 
-def verdict(o:Results)->list: # Of sentences
+def verdict(res:Results)->list: # Of sentences
     "Accuracy, and what it is compared with chance, the probe's and the twin's"
-    low,high = map(percent, o.interval)
-    found = [f"{percent(o.accuracy)} of {len(o.right):,} validation images right (95 % interval {low} to {high}).",
-             f"Chance: {percent(o.chance)}, by always naming the most frequent class."]
-    if o.probe is not None:
+    low,high = map(percent, res.interval)
+    found = [f"{percent(res.right.mean())} of {len(res.right):,} validation images right "
+             f"(95 % interval {low} to {high}).",
+             f"Chance: {percent(res.chance)}, by always naming the most frequent class."]
+    if res.probe is not None:
         found += ["The probe, a logistic regression on the pretrained network's features, "
-                  f"before the training: {percent(o.probe.accuracy)}.", f"{_difference(o.right, o.probe.right)}."]
-    if o.pool_left_out: found.append(_left_out)
-    if o.twin_right is None: return found
-    only,other = int((o.right & ~o.twin_right).sum()),int((~o.right & o.twin_right).sum())
+                  f"before the training: {percent(res.probe.accuracy)}.", f"{_difference(res.right, res.probe.right)}."]
+    history = res.learn.fix_match.history # of the training that has just been
+    if len(history) and history.mask_rate.isna().all(): found.append(_left_out)
+    if res.twin_right is None: return found
+    only,other = int((res.right & ~res.twin_right).sum()),int((~res.right & res.twin_right).sum())
     alone = f'; FixMatch alone is right {only} times, the twin alone {other} times'
-    twin = f"The supervised twin, with the same labels, steps and starting weights: {percent(o.twin_right.mean())}."
-    return found + [twin, f"{_difference(o.right, o.twin_right, alone)}. "
+    twin = f"The supervised twin, with the same labels, steps and starting weights: {percent(res.twin_right.mean())}."
+    return found + [twin, f"{_difference(res.right, res.twin_right, alone)}. "
                           "It is one run of each; other seeds give other numbers."]
 
-# %% ../../nbs/cli/06_report.ipynb #33ea9bde
-def _plot_confusion(o):
-    n,preds = len(o.probs),o.probs.argmax(1)
-    interp = PseudoLabelInterpretation(o.learn, None, o.probs, preds, torch.ones(n), o.truth, torch.arange(n), None, {})
-    few = o.probs.shape[1] <= 40
+# %% ../../nbs/cli/06_report.ipynb #4a49d9b3
+def _plot_confusion(res):
+    (n,n_classes),preds = res.probs.shape,res.probs.argmax(1)
+    interp = PseudoLabelInterpretation(res.learn, None, res.probs, preds, torch.ones(n), res.truth, torch.arange(n),
+                                       None, {})
+    few = n_classes <= 40
     ax = interp.plot_confusion_matrix(counted=False, plot_txt=few, title=f'{n:,} validation images')
     ax.set(xlabel='predicted')
     return ax.figure
 
-def save_pictures(o:Results):
+def save_pictures(res:Results):
     "`training.png`, `pseudo_labels.png`, `acceptance.png` and `confusion.png`"
-    set_seed(o.run.options.seed)
-    out,fix_match = o.run.out,o.learn.fix_match
+    set_seed(res.run.options.seed)
+    out,fix_match = res.run.out,res.learn.fix_match
     with without_formulas():
         save_figure(fix_match.plot()[0].figure, out/'training.png')
         save_figure(fix_match.show_pseudo_labels(16), out/'pseudo_labels.png')
-        save_figure(o.interp.plot_acceptance().figure, out/'acceptance.png')
-        save_figure(_plot_confusion(o), out/'confusion.png')
+        save_figure(res.interp.plot_acceptance().figure, out/'acceptance.png')
+        save_figure(_plot_confusion(res), out/'confusion.png')
 
-def save_results(o:Results):
+def save_results(res:Results):
     "Learner, weights, `pseudo_labels.csv`, `to_label.csv` (which images to label next), pictures; the report last"
-    out = o.run.out
-    with replacing(out/'learner.pkl') as tmp: o.learn.export(tmp.resolve())
-    o.learn.save_weights((out/'weights.safetensors').resolve())
-    save_csv(o.interp.to_df(), out/'pseudo_labels.csv')
-    save_csv(o.interp.suggest_labels(min(20, len(o.interp))), out/'to_label.csv')
-    save_pictures(o)
-    with replacing(out/'report.html') as tmp: tmp.write_text(report(o), encoding='utf-8')
+    out = res.run.out
+    with replacing(out/'learner.pkl') as tmp: res.learn.export(tmp.resolve())
+    res.learn.save_weights((out/'weights.safetensors').resolve())
+    save_csv(res.interp.to_df(), out/'pseudo_labels.csv')
+    save_csv(res.interp.suggest_labels(min(20, len(res.interp))), out/'to_label.csv')
+    save_pictures(res)
+    with replacing(out/'report.html') as tmp: tmp.write_text(report(res), encoding='utf-8')
 
-# %% ../../nbs/cli/06_report.ipynb #cd6a9d46
-def _class_rows(o):
+# %% ../../nbs/cli/06_report.ipynb #6b96bf05
+def _class_rows(res):
     "By class: labelled images, validation images and how many are right, pseudo-labels and how many count"
-    truth,rows = o.truth.numpy(),o.interp.acceptance()
-    for i,(name,row) in enumerate(zip(o.run.images.classes, rows.itertuples())):
-        right = o.right[truth == i]
+    truth,rows = res.truth.numpy(),res.interp.acceptance()
+    for i,(name,row) in enumerate(zip(res.run.images.classes, rows.itertuples())):
+        right = res.right[truth == i]
         valid = f'{int(right.sum())} of {len(right)}' if len(right) else '–'
-        yield name,len(o.run.images.train[name]),valid,f'{row.images:,}',f'{row.counted:,}'
+        yield name,len(res.run.images.train[name]),valid,f'{row.images:,}',f'{row.counted:,}'
 
 def _versions():
-    import fastai,PIL,timm,torchvision
-    found = [(o.__name__, o.__version__) for o in (fastai,torch,torchvision,timm)]
     device = f'{default_device().type}, {platform.machine()}'
     if torch.cuda.is_available(): device = torch.cuda.get_device_name()
-    return [('fixmatch_fastai',__version__), *found, ('Pillow',PIL.__version__),
-            ('Python',platform.python_version()), ('device',device)]
+    packages = [(o,version(o)) for o in ('fastai','torch','torchvision','timm','Pillow')]
+    return [('fixmatch_fastai',__version__), *packages, ('Python',platform.python_version()), ('device',device)]
 
 def _finish(value):
     "How the page shows a value"
     if isinstance(value, float): return f'{value:.4f}'
     return value.replace(' %', '\xa0%') if isinstance(value, str) else value
 
-def report(o:Results)->str: # HTML
+def report(res:Results)->str: # HTML
     "The run on one page; its pictures and history are there already"
-    out,history = o.run.out,pd.read_csv(o.run.out/'history.csv')
+    out,history = res.run.out,pd.read_csv(res.run.out/'history.csv')
     env = Environment(autoescape=True, undefined=StrictUndefined, finalize=_finish,
                       trim_blocks=True, lstrip_blocks=True)
     page = env.from_string(files('fixmatch_fastai.cli').joinpath('report.html').read_text(encoding='utf-8'))
     return page.render(
-        results=o, run=o.run, options=o.run.options, settings=o.run.noted(), verdict=verdict(o), percent=percent,
-        class_rows=_class_rows(o), versions=_versions(), counted=float(o.interp.counted.float().mean()),
-        columns=list(history), epochs=history.astype(object).where(history.notna(), '–').itertuples(index=False),
+        results=res, run=res.run, options=res.run.options, settings=res.run.noted(), verdict=verdict(res),
+        counted=float(res.interp.counted.float().mean()), class_rows=_class_rows(res), versions=_versions(),
+        percent=percent, columns=list(history),
+        epochs=history.astype(object).where(history.notna(), '–').itertuples(index=False),
         pictures={k: base64.b64encode((out/f'{k}.png').read_bytes()).decode()
                   for k in ('training','pseudo_labels','acceptance','confusion')})
