@@ -17,6 +17,7 @@ import fastai
 import pandas as pd
 import torch
 from fastai.vision.all import get_image_files
+from few_labels import FewLabels
 
 from fixmatch_fastai.all import (
     UDA,
@@ -29,7 +30,6 @@ from fixmatch_fastai.all import (
     SoftMatch,
     digits_path,
 )
-from fixmatch_fastai.cli import Comparison
 from fixmatch_fastai.uncertainty import FeatureDensity, MCDropout, ScoreThreshold, add_dropout, entropy, mutual_info
 
 HERE = Path(__file__).parent
@@ -166,9 +166,9 @@ def main(argv=None):
         p.error(f'there is no method {sorted(unknown)}: use any of {list(policies(1))}')
     files = get_image_files(args.images or digits_path()).sorted()
     opts = dict(n_test=args.n_test, size=32) if args.images else dict(n_test=args.n_test or 400, flip=False)
-    opts |= dict(steps=args.steps, mu=args.mu, num_workers=args.workers, n_points=1)
+    opts |= dict(steps=args.steps, mu=args.mu, num_workers=args.workers)
     for labels in args.labels:
-        comparison = Comparison(files, labels, **opts)
+        comparison = FewLabels(files, labels, **opts)
         for seed in range(args.seeds):
             for method in args.only or policies(1):
                 done = pd.read_csv(results) if results.exists() else pd.DataFrame(columns=COLUMNS)

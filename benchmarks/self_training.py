@@ -16,14 +16,14 @@ warnings.filterwarnings('ignore', category=FutureWarning)  # before fastai is im
 import pandas as pd
 import torch
 from fastai.vision.all import get_image_files, parent_label, set_seed
+from few_labels import FewLabels
 from policies import hardware
 
-from fixmatch_fastai.all import FixMatchTransform, digits_path, load_body, pseudo_label, with_pseudo_labels
-from fixmatch_fastai.cli import Comparison
+from fixmatch_fastai.all import FixMatchTransform, digits_path, pseudo_label, with_pseudo_labels
 from fixmatch_fastai.experiment.networks import small_cnn
 from fixmatch_fastai.self_training.meta_pseudo_labels import MetaPseudoLabels
 from fixmatch_fastai.self_training.students import NoisyStudent, self_distill, semi_weak
-from fixmatch_fastai.self_training.warm_start import rotation_dls
+from fixmatch_fastai.self_training.warm_start import load_body, rotation_dls
 
 HERE = Path(__file__).parent
 KEY = ['images', 'labels', 'steps', 'method', 'seed']
@@ -223,7 +223,7 @@ def main(argv=None):
         for labels in args.labels:
             n_test = args.n_test if args.images else args.n_test or 400
             opts = dict(n_test=n_test, flip=args.images is not None)
-            comparison = Comparison(files, labels, steps=args.steps, n_points=1, num_workers=args.workers, **opts)
+            comparison = FewLabels(files, labels, args.steps, num_workers=args.workers, **opts)
             for method in args.only or METHODS:
                 key = [images, labels, comparison.steps, method, seed]
                 if any([o[k] for k in KEY] == key for o in done):

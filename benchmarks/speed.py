@@ -47,6 +47,7 @@ from fastai.vision.all import (
     imagenet_stats,
     parent_label,
 )
+from few_labels import FewLabels
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
@@ -59,7 +60,6 @@ from fixmatch_fastai.all import (
     PseudoLabels,
     digits_path,
 )
-from fixmatch_fastai.cli import Comparison
 from fixmatch_fastai.experiment.networks import wide_resnet
 
 HERE = Path(__file__).parent
@@ -403,23 +403,13 @@ def bench_pool(args):
 # --- accuracy --------------------------------------------------------------------------------------------------------
 
 
-class OneOf(Comparison):
-    forward = 'joint'
-
-    def learner(self, seed, semi):
-        learn = super().learner(seed, True)
-        fm = learn.fix_match
-        return learn.remove_cb(FixMatch).add_cb(FixMatch(fm.unlabeled_dl, self.threshold, forward=self.forward))
-
-
 def bench_accuracy(args):
     files = get_image_files(digits_path()).sorted()
     accs, seconds = {o: [] for o in FORWARDS}, {o: [] for o in FORWARDS}
     for seed in range(args.seeds):
         for forward in FORWARDS:
-            comparison = OneOf(files, 40, flip=False, steps=400, n_points=1, num_workers=1)
-            comparison.forward = forward
-            learn, start = comparison.learner(seed, True), time.process_time()
+            comparison = FewLabels(files, 40, steps=400, num_workers=1, flip=False)
+            learn, start = comparison.learner(seed, True, forward=forward), time.process_time()
             with learn.no_bar(), learn.no_logging():
                 learn.fit_one_cycle(1, comparison.lr)
             accs[forward].append(100 * learn.recorder.values[-1][2])

@@ -13,7 +13,7 @@ import self_training  # noqa: E402
 
 @pytest.mark.parametrize('method', self_training.METHODS)
 def test_every_method_takes_its_steps(method, digits):
-    comparison = self_training.Comparison(digits, 10, steps=10, mu=1, num_workers=0, n_points=1, n_test=400, flip=False)
+    comparison = self_training.FewLabels(digits, 10, steps=10, mu=1, num_workers=0, n_test=400, flip=False)
     row = self_training.run(comparison, 'digits', method, 0)
     assert list(row) == self_training.COLUMNS and row['n_test'] == 497
     assert 0 <= row['accuracy'] <= 1 and 0 <= row['pseudo_acc'] <= 1

@@ -39,9 +39,8 @@ from fixmatch_fastai.self_training import (
     SupervisedTwin,
     compare,
     compare_supervised,
-    paired_interval,
-    wilson_interval,
 )
+from fixmatch_fastai.self_training.compare import paired_interval, wilson_interval
 
 
 @pytest.fixture

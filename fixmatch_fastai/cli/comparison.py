@@ -16,8 +16,9 @@ from fastai.vision.all import PILImage, PILImageBW, Resize, accuracy, parent_lab
 from ..augment import FixMatchTransform, weak_augment
 from ..callback import FixMatch
 from ..console import CommandError, Progress
-from ..data import WeakTransform, split_labeled
-from ..experiment import save_csv, save_figure, small_cnn
+from ..labeled import WeakTransform, split_labeled
+from ..experiment.networks import small_cnn
+from ..experiment.output import save_csv, save_figure
 from ..self_training import compare_supervised
 from PIL import Image
 
