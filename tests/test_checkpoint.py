@@ -1018,7 +1018,7 @@ def torch_learner(path, seed=1, generator=False):
 
 
 @pytest.mark.parametrize('generator', [False, True])
-def test_torch_loaders(tmp_path, generator):
+def test_runs_on_torch_loaders_go_on(tmp_path, generator):
     "The labelled images come as they would have; the pool begins anew (and doesn't count here)"
 
     def fit(learn, cbs=()):

@@ -183,7 +183,7 @@ class NoBatches:
         return iter(())
 
 
-def test_torch_loaders(make_learner, tmp_path, pool):
+def test_torch_loaders_are_looked_at(make_learner, tmp_path, pool):
     for o in pool:
         (tmp_path / 'pool' / parent_label(o)).mkdir(parents=True, exist_ok=True)
         Image.open(o).save(tmp_path / 'pool' / parent_label(o) / o.name)
