@@ -1,4 +1,4 @@
-"The names that one needs with `FixMatch`; everything else is in its module, as `from fixmatch_fastai.uncertainty import MCDropout`"
+"What one needs with `FixMatch`; the rest is in its module, as `from fixmatch_fastai.uncertainty import MCDropout`"
 from fixmatch_fastai import show, weights # `learn.fix_match.plot` and its like; `learn.save_weights`
 from fixmatch_fastai.augment import FixMatchBatchTransform, FixMatchTransform, strong_augment, weak_augment
 from fixmatch_fastai.callback import FixMatch
