@@ -26,6 +26,7 @@ from . import __version__
 from .callback import FixMatch
 from .core import batch_size_of, len_of, processes, replacing
 from .ema import ModelEMA
+from .record import SemiStep
 
 # %% ../nbs/08_checkpoint.ipynb #f35f2735
 def _plain(o):
@@ -154,7 +155,8 @@ def _start_stream(fm, o):
     "Bring the unlabelled stream to where a checkpoint's was"
     if o['place'] is None or not len(o['steps']) or not hasattr(fm.unlabeled_dl, 'start_at'): return
     seed,drawn = o['place']
-    last_batch = int(o['steps'][-1,6])*processes()[1] # the column of `SemiRecorder` that counts unlabelled images
+    n_u = o['steps'][-1, SemiStep._fields.index('n_u')]
+    last_batch = int(n_u)*processes()[1]
     if not last_batch: return # labels alone: the stream's place is that of an earlier fit
     fm.unlabeled_dl.start_at((seed,drawn-last_batch))
     fm.next_batch()

@@ -9,6 +9,7 @@ __all__ = ['TeacherStep', 'TeacherRecorder', 'Lesson', 'MetaPseudoLabels']
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
