@@ -47,6 +47,6 @@ def test_an_interrupted_benchmark_goes_on(tmp_path, monkeypatch, capsys):
     assert "there is no method ['MixMatch']" in capsys.readouterr().err
 
 
-def test_the_committed_table_is_made_of_the_committed_runs():
+def test_the_committed_page_of_self_training_is_made_of_its_runs():
     runs, page = (ROOT / f'benchmarks/self_training.{o}' for o in ('csv', 'md'))
     assert self_training.table(pd.read_csv(runs)) == page.read_text()

@@ -29,7 +29,7 @@ from ..core import describe, evaluating, processes
 from ..policy import UDA, SemiBatch
 from ..record import SemiRecorder
 
-# %% ../../nbs/self_training/05_meta_pseudo_labels.ipynb #8c7582e8
+# %% ../../nbs/self_training/05_meta_pseudo_labels.ipynb #f67d8c78
 _noted = ['student_loss','teacher_loss','signal','correct','counted'] # of each step
 
 class TeacherRecorder(SemiRecorder):
@@ -44,7 +44,9 @@ class TeacherRecorder(SemiRecorder):
         truth=None    # Classes (M,), negative where unknown
     ):
         "Note one step; nothing waits for the device"
-        if self._fresh: self._rows,self._steps,self._fresh = [],TeacherRecorder._steps,False
+        if self._fresh:
+            self._rows,self._steps = [],TeacherRecorder._steps
+            self._fresh = False
         known = torch.zeros_like(targets, dtype=torch.bool) if truth is None else truth >= 0
         correct = known if truth is None else known & (targets == truth)
         row = student_loss,teacher_loss,signal,correct.sum(),known.sum()
@@ -251,7 +253,7 @@ def before_step(self:MetaPseudoLabels):
 def after_cancel_step(self:MetaPseudoLabels):
     if self.lesson is not None: self.lesson.before = None
 
-# %% ../../nbs/self_training/05_meta_pseudo_labels.ipynb #a29e94ad
+# %% ../../nbs/self_training/05_meta_pseudo_labels.ipynb #01b30264
 @patch
 def signal(self:MetaPseudoLabels)->Tensor: # Scalar; 0 after a step that was skipped
     "The student's improvement in this step, less its moving average, which then moves"
@@ -264,7 +266,8 @@ def signal(self:MetaPseudoLabels)->Tensor: # Scalar; 0 after a step that was ski
 @patch
 def after_step(self:MetaPseudoLabels):
     if self.lesson is None: return
-    signal,lesson,self.lesson = self.signal(),self.lesson,None
+    signal = self.signal()
+    lesson,self.lesson = self.lesson,None
     loss = lesson.own_loss + signal*lesson.name_loss
     self._follow_schedule()
     self._step_teacher(loss)
