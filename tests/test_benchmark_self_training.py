@@ -11,8 +11,9 @@ sys.path.insert(0, str(ROOT / 'benchmarks'))
 import self_training  # noqa: E402
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', self_training.METHODS)
-def test_every_method_takes_its_steps(method, digits):
+def test_every_method_of_self_training_takes_its_steps(method, digits):
     comparison = self_training.FewLabels(digits, 10, steps=10, mu=1, num_workers=0, n_test=400, flip=False)
     row = self_training.run(comparison, 'digits', method, 0)
     assert list(row) == self_training.COLUMNS and row['n_test'] == 497
@@ -21,7 +22,8 @@ def test_every_method_takes_its_steps(method, digits):
     assert row['all_steps'] == 10 + before.get(method, 10)
 
 
-def test_an_interrupted_benchmark_goes_on(tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_an_interrupted_benchmark_of_self_training_goes_on(tmp_path, monkeypatch, capsys):
     args = '--labels 10 --seeds 2 --steps 10 --workers 0 --only supervised self-distillation'.split()
     args += ['--out', str(tmp_path)]
     runs, real = [], self_training.run
@@ -47,6 +49,6 @@ def test_an_interrupted_benchmark_goes_on(tmp_path, monkeypatch, capsys):
     assert "there is no method ['MixMatch']" in capsys.readouterr().err
 
 
-def test_the_committed_table_is_made_of_the_committed_runs():
+def test_the_committed_page_of_self_training_is_made_of_its_runs():
     runs, page = (ROOT / f'benchmarks/self_training.{o}' for o in ('csv', 'md'))
     assert self_training.table(pd.read_csv(runs)) == page.read_text()

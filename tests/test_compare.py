@@ -92,6 +92,7 @@ def test_accuracies_are_those_of_the_validation_images(arms):
     assert twin.rows[1]['curve'][-1] == pytest.approx(twin.rows[1]['accuracy'])
 
 
+@pytest.mark.slow
 def test_more_than_one_number_of_labels(arms):
     twin = compare_supervised(*arms, seeds=[5, 7], n_labels=[10, 40], fit=FIT, progress=False)
     assert twin.table().index.tolist() == [10, 40] and len(twin.rows) == 12
@@ -109,6 +110,7 @@ def test_the_comparison_warns_of_nothing(arms):
         compare_supervised(*arms, seeds=1, fit=FIT, progress=False)
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(arms, tmp_path):
     fits, out = [], tmp_path / 'twin.json'
 
@@ -129,6 +131,7 @@ def test_an_interrupted_comparison_goes_on(arms, tmp_path):
     assert again.table().equals(whole.table())
 
 
+@pytest.mark.slow
 def test_an_old_file_without_probes_goes_on(arms, tmp_path):
     out = tmp_path / 'twin.json'
     whole = compare_supervised(*arms, seeds=2, fit=FIT, out=out, progress=False)
@@ -183,6 +186,7 @@ def test_other_validation_images_warn(arms):
         twin.worth(11)
 
 
+@pytest.mark.slow
 def test_what_can_not_be_compared(arms, tmp_path):
     make_learner, pool = arms
 
@@ -282,6 +286,7 @@ def test_paired_interval_by_the_formula():
     assert paired_interval([True], [False])[2] == 1 and paired_interval([False], [True])[1] == -1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('n_labels', [10, 30])
 def test_the_probe_is_scikit_learns(arms, n_labels):
     "On the features before training, with the labels of each seed; of one label a class there is no cross-validation"
@@ -327,6 +332,7 @@ def of_torch(n_labels=20, seed=0, arms=None):
     return Learner(DataLoaders(train, dls.valid), tiny_net(), metrics=accuracy, loss_func=CrossEntropyLossFlat())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make_learner', [of_fastai, of_torch])
 def test_the_probe_changes_nothing_of_the_training(arms, monkeypatch, make_learner):
     x = torch.rand(16, 1, 16, 16, generator=torch.Generator().manual_seed(0))

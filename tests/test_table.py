@@ -185,6 +185,7 @@ def test_stale_parts_go_with_the_finished_table(teacher, pool, tmp_path):
     assert left == ['other.csv.0123abcd.part', 't.csv', 't.csv.mine.part']
 
 
+@pytest.mark.slow
 def test_many_soft_labels_are_in_memory_once(teacher, pool, monkeypatch, tmp_path):
     "1,000 images and 1,000 classes are 4 MB; text of some rows comes on top"
     n, c = 1000, 1000
@@ -212,7 +213,7 @@ def test_many_soft_labels_are_in_memory_once(teacher, pool, monkeypatch, tmp_pat
     assert len(read_pseudo_labels(tmp_path / 't.csv')) == n
 
 
-def test_damaged_images_are_left_out(teacher, pool, tmp_path):
+def test_damaged_images_are_left_out_of_the_table(teacher, pool, tmp_path):
     bad = tmp_path / 'bad.png'
     bad.write_bytes(b'no image')
     with pytest.warns(UserWarning, match=r'2 of 12 images can\'t be opened .*bad\.png \(UnidentifiedImageError'):
@@ -502,6 +503,7 @@ def test_images_are_known_again(digits, images, tmp_path):
     assert labels == [dls.vocab[int(dls.train_ds[i][1])] for i in range(20)]
 
 
+@pytest.mark.slow
 def test_image_data_loaders_and_batch_transforms(pool, tmp_path):
     "Also with fastai's factory, random transforms and a short last batch"
     for o in pool[:60]:
@@ -549,6 +551,7 @@ def test_training_metrics_need_the_likeliest_class(teacher, pool):
     assert len(learn.recorder.values[0]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('way', ['with_pseudo_labels', 'DataBlock'])
 def test_logits_train_and_validate(teacher, pool, make, way):
     "Trains on squared errors, validates by cross-entropy, and comes to predict what the teacher says"

@@ -338,6 +338,7 @@ def pairs(dls):
     )
 
 
+@pytest.mark.slow
 def test_bodies_of_all_kinds_are_taken_over(colour_dls):
     for name, src, dst, theirs, ours in pairs(colour_dls):
         body = {t.data_ptr() for t in ours.state_dict().values()}
@@ -371,6 +372,7 @@ def test_a_deeper_body_is_taken_in_part_or_refused():
     assert same(before, net.state_dict())
 
 
+@pytest.mark.slow
 def test_inpainting_with_an_architecture(colour_dls, photos):
     painter = inpainting_learner(inpainting_dls(photos, colour_dls, bs=4), resnet18)
     quiet_fit(painter, 1)

@@ -1,4 +1,4 @@
-"Self-training: a network learns from what another, or it itself, says of unlabelled images; one idea a module"
+"Self-training: a network learns from predictions for unlabelled images, its own or another's; one idea a module"
 
 from fixmatch_fastai.self_training.compare import SupervisedTwin, compare_supervised
 from fixmatch_fastai.self_training.meta_pseudo_labels import MetaPseudoLabels

@@ -44,7 +44,7 @@ def paired_interval(
     low,high = stats.norm.interval(.95, mean, math.sqrt((mean_square-mean**2)/n))
     return float(d.mean()),max(-1., float(low)),min(1., float(high))
 
-# %% ../../nbs/self_training/04_compare.ipynb #3ed246ab
+# %% ../../nbs/self_training/04_compare.ipynb #3c51a110
 def _mean_interval(values, distribution):
     "95 % interval of the mean of `values`; NaN of a single one"
     # as `ttest_rel(...).confidence_interval()`, which warns where all values are alike
@@ -54,7 +54,8 @@ def _mean_interval(values, distribution):
 class SupervisedTwin:
     "Runs of `compare_supervised`, and what they say"
     def __init__(self, name='FixMatch'):
-        self.name,self.rows,self.learn = name,[],None
+        self.name,self.rows = name,[]
+        self.learn = None # the semi-supervised one that was trained last
         self.can_probe = True # until it fails
 
     def __repr__(self): return self.report() if self.rows else 'No run is finished.'
@@ -153,7 +154,7 @@ def report(self:SupervisedTwin)->str:
     rows = zip(table.index, table.to_dict('records'))
     return '\n\n'.join('\n'.join(_report_lines(int(n), row, self.methods)) for n,row in rows)
 
-# %% ../../nbs/self_training/04_compare.ipynb #d88ef738
+# %% ../../nbs/self_training/04_compare.ipynb #93138526
 def _accepts(func, name):
     return any(o.kind == o.VAR_KEYWORD or o.name == name for o in inspect.signature(func).parameters.values())
 
@@ -161,7 +162,7 @@ def _call_with_accepted(func, **known):
     return func(**{k: v for k,v in known.items() if _accepts(func, k)})
 
 class _Arms(NamedTuple):
-    "How the learners of a comparison are made and trained, as `compare_supervised` was told"
+    "How the learners of a comparison are made and trained: arguments of `compare_supervised`"
     make_learner: Any
     unlabeled_dl: Any
     method: Any

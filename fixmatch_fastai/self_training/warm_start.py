@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rotation_dls', 'inpainting_dls', 'inpainting_loss', 'inpainting_learner', 'show_inpainting', 'load_body']
 
-# %% ../../nbs/self_training/06_warm_start.ipynb #4d81ad73
+# %% ../../nbs/self_training/06_warm_start.ipynb #f0ba9a6b
 import itertools,random,warnings
 from copy import deepcopy
 
@@ -16,7 +16,7 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists, test_set
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize
 from fastai.layers import Flatten
 from fastai.torch_basics import (
-    L, Path, Tensor, TensorImage, Transform, cast, default_device, get_model, nn, show_image
+    L, Path, Tensor, TensorImage, Transform, cast, default_device, get_model, nn, show_image, store_attr
 )
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW, TensorMask, ToTensor
@@ -122,10 +122,10 @@ def rotation_dls(
     dsets = Datasets(ks, [[_TurnImage(images)], [_degrees,categorize]], splits=splits)
     return _batches((dsets.train,dsets.valid), dls, bs, batch_tfms, num_workers)
 
-# %% ../../nbs/self_training/06_warm_start.ipynb #546256c7
+# %% ../../nbs/self_training/06_warm_start.ipynb #a40e0a90
 class _HideSquare:
     "Of image `i`, its copy with a square painted over, the image, and a mask of what is painted over"
-    def __init__(self, images, share, fixed): self.images,self.share,self.fixed = images,share,fixed
+    def __init__(self, images, share, fixed): store_attr()
 
     def __call__(self, i):
         img = self.images(i)
