@@ -103,12 +103,12 @@ class Methods:
 
     def semi_weak(self):
         fit = partial(self.fit, share=0.9)
-        return semi_weak(self.teacher(), self.student, self.pool, fit, self.last_tenth, k=40, bs=self.student_bs)
+        return semi_weak(self.teacher(), self.student, fit, self.pool, self.last_tenth, k=40, bs=self.student_bs)
 
     def noisy_student(self):
         strong = FixMatchTransform(weak=self.comparison.weak).strong
         opts = dict(rounds=2, bs=self.student_bs, strong=strong, dropout=0.2)
-        return NoisyStudent(self.teacher(), self.student, self.pool, **opts).fit(self.fit)
+        return NoisyStudent(self.teacher(), self.student, self.fit, self.pool, **opts).fit()
 
     def meta_pseudo_labels(self):
         learn, tfm = self.learner(), FixMatchTransform(weak=self.comparison.weak)

@@ -354,9 +354,7 @@ def bench_memory(args):
 def bench_mu(args):
     mus = (1, 3, 7)
     data = {mu: batch(4, mu, args.device) for mu in mus}
-    methods = {
-        (mu, f): Ours(NETS['ResNet-18'](), data[mu], args.device, False, f) for mu in mus for f in FORWARDS
-    }
+    methods = {(mu, f): Ours(NETS['ResNet-18'](), data[mu], args.device, False, f) for mu in mus for f in FORWARDS}
     to = ratio(in_turn(methods, args.rounds), (1, 'joint'))
     rows = [[f'mu {mu}', f'{4 + 8 * mu}', *(f'{to[mu, f]:.2f}' for f in FORWARDS)] for mu in mus]
     return table(['', 'images in the joint pass', *FORWARDS], rows) + (

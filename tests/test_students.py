@@ -46,8 +46,9 @@ def test_rounds(teacher, pool, make):
         made.append(dls)
         return make(dls)
 
-    rounds = NoisyStudent(teacher, student, pool, rounds=2, threshold=0.0, label_func=parent_label)
-    last = rounds.fit(partial(quiet_fit, n_epoch=2, lr=1e-2))
+    fit = partial(quiet_fit, n_epoch=2, lr=1e-2)
+    rounds = NoisyStudent(teacher, student, fit, pool, rounds=2, threshold=0.0, label_func=parent_label)
+    last = rounds.fit()
     df = rounds.history
     known = {*teacher.dls.train_ds.items, *teacher.dls.valid_ds.items}
     new = [o for o in pool if o not in known]
@@ -73,23 +74,24 @@ def test_an_interrupted_round_is_trained_again(teacher, pool, make):
         if len(fits) == 2:
             raise KeyboardInterrupt
 
-    rounds = NoisyStudent(teacher, make, pool, rounds=3, threshold=0.0)
+    rounds = NoisyStudent(teacher, make, fit, pool, rounds=3, threshold=0.0)
     with pytest.raises(KeyboardInterrupt):
-        rounds.fit(fit)
+        rounds.fit()
     assert rounds.student is fits[0] and rounds.history['round'].tolist() == [0, 1]
-    assert rounds.fit(fit) is fits[-1] and len(fits) == 4 and rounds.history['round'].tolist() == [0, 1, 2, 3]
-    assert rounds.fit(fit) is fits[-1] and len(fits) == 4, 'there is nothing left to train'
+    assert rounds.fit() is fits[-1] and len(fits) == 4 and rounds.history['round'].tolist() == [0, 1, 2, 3]
+    assert rounds.fit() is fits[-1] and len(fits) == 4, 'there is nothing left to train'
 
 
 def test_a_round_without_pseudo_labels_can_be_fitted_again(teacher, pool, make):
-    rounds = NoisyStudent(teacher, make, pool, rounds=1, threshold=1.0)
+    fit = partial(quiet_fit, n_epoch=1, lr=1e-2)
+    rounds = NoisyStudent(teacher, make, fit, pool, rounds=1, threshold=1.0)
     with (
         pytest.warns(UserWarning, match='No pseudo-label is kept'),
         pytest.raises(ValueError, match='Round 1 has no pseudo-label to train on: lower `threshold`'),
     ):
-        rounds.fit(pytest.fail)
+        rounds.fit()
     rounds.threshold = 0.0
-    rounds.fit(partial(quiet_fit, n_epoch=1, lr=1e-2))
+    rounds.fit()
     assert len(rounds.history) == 2
 
 
@@ -112,8 +114,8 @@ def test_images_in_memory_are_labelled_once(digits, tmp_path):
         asked.append(item)
         return '1'
 
-    rounds = NoisyStudent(learn, make, items, rounds=1, threshold=0.0, dropout=0, label_func=truth)
-    rounds.fit(lambda learn: None)
+    rounds = NoisyStudent(learn, make, noop, items, rounds=1, threshold=0.0, dropout=0, label_func=truth)
+    rounds.fit()
     assert rounds.history.pseudo_labels[1] == 30 and 0 <= rounds.history.pseudo_acc[1] <= 1
     assert [o.tobytes() for o in asked] == [o.tobytes() for o in opened[40:]]
 
@@ -121,10 +123,11 @@ def test_images_in_memory_are_labelled_once(digits, tmp_path):
 def test_hard_losses_are_refused_before_training(teacher, pool):
     hard = lambda dls: Learner(dls, tiny_net(), loss_func=CrossEntropyLossFlat())
     with pytest.raises(ValueError, match='CrossEntropyLossFlat, is not made for soft labels'):
-        NoisyStudent(teacher, hard, pool, threshold=0).fit(pytest.fail)
+        NoisyStudent(teacher, hard, pytest.fail, pool, threshold=0).fit()
     with pytest.raises(ValueError, match='is not made for soft labels'):
         self_distill(teacher, hard, pytest.fail)
-    NoisyStudent(teacher, hard, pool, rounds=1, threshold=0, soft=False).fit(partial(quiet_fit, n_epoch=1))
+    fit = partial(quiet_fit, n_epoch=1)
+    NoisyStudent(teacher, hard, fit, pool, rounds=1, threshold=0, soft=False).fit()
 
 
 def test_self_distillation_learns_the_teachers_answers(teacher, make, pool):
@@ -142,7 +145,7 @@ def test_semi_weak_trains_on_the_best_then_on_the_labels(teacher, pool, make):
         sets.append(learn.dls.train_ds)
         quiet_fit(learn, 1, 1e-2)
 
-    semi_weak(teacher, make, pool, fit, fit, k=3)
+    semi_weak(teacher, make, fit, pool, fit, k=3)
     best = pseudo_label(teacher, pool, top_k_per_class=3)
     known = set(map(str, teacher.dls.valid_ds.items))
     assert len(sets[0]) == len([o for o in best.file if o not in known]) and sets[1] is teacher.dls.train_ds
@@ -151,25 +154,25 @@ def test_semi_weak_trains_on_the_best_then_on_the_labels(teacher, pool, make):
 @pytest.mark.parametrize(
     'call,exc,match',
     [
-        (lambda t, p: NoisyStudent(t, noop, []), ValueError, 'no images to label'),
-        (lambda t, p: NoisyStudent(t, noop, p, rounds=0), ValueError, '`rounds` is a whole number, 1 or more'),
-        (lambda t, p: NoisyStudent(t, noop, p, dropout=1), ValueError, '`dropout` must be 0 or more and below 1'),
-        (lambda t, p: NoisyStudent(t, noop, p, drop_path=-0.1), ValueError, '`drop_path` must be'),
-        (lambda t, p: NoisyStudent(t, noop, p, mu=-1), ValueError, '`mu` is how many'),
-        (lambda t, p: NoisyStudent(t, noop, p, bs=0), ValueError, '`bs` is a number of images'),
-        (lambda t, p: NoisyStudent(t, noop, p, threshold=95), ValueError, '`threshold` is a confidence'),
-        (lambda t, p: NoisyStudent(t, 'resnet34', p), TypeError, 'a function that makes a Learner'),
-        (lambda t, p: NoisyStudent(t.model, noop, p), TypeError, 'must be a Learner'),
+        (lambda t, p: NoisyStudent(t, noop, noop, []), ValueError, 'no images to label'),
+        (lambda t, p: NoisyStudent(t, noop, noop, p, rounds=0), ValueError, '`rounds` is a whole number, 1 or more'),
+        (lambda t, p: NoisyStudent(t, noop, noop, p, dropout=1), ValueError, '`dropout` must be 0 or more and below 1'),
+        (lambda t, p: NoisyStudent(t, noop, noop, p, drop_path=-0.1), ValueError, '`drop_path` must be'),
+        (lambda t, p: NoisyStudent(t, noop, noop, p, mu=-1), ValueError, '`mu` is how many'),
+        (lambda t, p: NoisyStudent(t, noop, noop, p, bs=0), ValueError, '`bs` is a number of images'),
+        (lambda t, p: NoisyStudent(t, noop, noop, p, threshold=95), ValueError, '`threshold` is a confidence'),
+        (lambda t, p: NoisyStudent(t, 'resnet34', noop, p), TypeError, 'a function that makes a Learner'),
+        (lambda t, p: NoisyStudent(t.model, noop, noop, p), TypeError, 'must be a Learner'),
         (
-            lambda t, p: NoisyStudent(t, lambda dls: None, p, threshold=0.0).fit(noop),
+            lambda t, p: NoisyStudent(t, lambda dls: None, noop, p, threshold=0.0).fit(),
             TypeError,
             'it returned a NoneType',
         ),
         (lambda t, p: self_distill(t, noop, noop, rounds=0), ValueError, '1 or more'),
         (lambda t, p: self_distill(t.model, noop, noop), TypeError, 'must be a Learner'),
         (lambda t, p: self_distill(t, lambda dls: None, noop), TypeError, 'it returned a NoneType'),
-        (lambda t, p: semi_weak(t, noop, p, noop, noop, k=0), ValueError, '`k` is a number of images'),
-        (lambda t, p: semi_weak(t, lambda dls: None, p, noop, noop), TypeError, 'it returned a NoneType'),
+        (lambda t, p: semi_weak(t, noop, noop, p, noop, k=0), ValueError, '`k` is a number of images'),
+        (lambda t, p: semi_weak(t, lambda dls: None, noop, p, noop), TypeError, 'it returned a NoneType'),
     ],
 )
 def test_wrong_students_are_refused_in_a_sentence(teacher, pool, call, exc, match):

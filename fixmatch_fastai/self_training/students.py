@@ -59,18 +59,19 @@ def _pseudo_acc(table, images, label_func):
 class NoisyStudent:
     "Teacher and students in turn ([Noisy Student](https://arxiv.org/abs/1911.04252))"
     def __init__(self,
-        teacher:Learner,      # Trained on the labels; it stays as it is
+        learn:Learner,        # The first teacher, trained on the labels; it stays as it is
         make_student,         # `dls` to a fresh `Learner`
-        unlabeled_items:list, # Images, in any form the teacher's `DataLoaders` open
+        fit,                  # How to train a student, as `lambda learn: learn.fit_one_cycle(5, 3e-3)`
+        items:list,           # Images without labels, in any form the learner's `DataLoaders` open
         rounds:int=3,         # How often a student is trained
         balance:bool=True,    # The same number of pseudo-labels for each class?
         soft:bool=True,       # Train on probabilities?
         threshold:float=0.3,  # Smallest confidence of a pseudo-label, 0 to 1
-        bs:int=None,          # Images in a student's batch; default: as the teacher's `dls`
+        bs:int=None,          # Images in a student's batch; default: as the learner's `dls`
         # Pseudo-labels for each labelled image, which is repeated to that end; default: each labelled image once
         mu:float=None,
         # PIL → PIL callable for all of the student's images, as `strong_augment()`; default: the transforms of
-        # the teacher's `dls` alone
+        # the learner's `dls` alone
         strong=None,
         dropout:float=0.5,    # Before the classifier, 0 to below 1
         drop_path:float=0.2,  # In networks of timm: probability that the last block is left out, 0 to below 1
@@ -80,21 +81,21 @@ class NoisyStudent:
         if not callable(make_student):
             raise TypeError("`make_student` must be a function that makes a Learner of `dls`, "
                             "as `lambda dls: vision_learner(dls, resnet34, metrics=accuracy)`.")
-        teacher_classes(teacher)
-        check_mixing(teacher.dls, mu, strong)
+        teacher_classes(learn)
+        check_mixing(learn.dls, mu, strong)
         check_share('threshold', threshold)
         check_count('bs', bs)
         for name,o in dict(dropout=dropout, drop_path=drop_path).items():
             if not 0 <= o < 1: raise ValueError(f"`{name}` must be 0 or more and below 1, but got {o}.")
-        store_attr(but='unlabeled_items')
-        self.items,self.dls = listed_images(unlabeled_items),teacher.dls
+        store_attr(but='fit,items')
+        self.fit_student,self.items = fit,listed_images(items)
         self._finished = [] # `(row of the history, learner)` of each round
 
 # %% ../../nbs/self_training/03_students.ipynb #a7cea560
 @patch(as_prop=True)
 def student(self:NoisyStudent)->Learner:
-    "The last student; the teacher, before the first is trained"
-    return self._finished[-1][1] if self._finished else self.teacher
+    "The last student; the first teacher, before one is trained"
+    return self._finished[-1][1] if self._finished else self.learn
 
 @patch(as_prop=True)
 # `round`; of its teacher: `pseudo_labels` (number kept, of images that are neither labelled nor validated on),
@@ -113,7 +114,7 @@ def _finish_round(self:NoisyStudent, learn, n=0, confidence=None, pseudo_acc=Non
 def _noisy_student(self:NoisyStudent, table):
     "A fresh student for `table`, with noise"
     table = balance_classes(table) if self.balance else table
-    dls = with_pseudo_labels(self.dls, table, self.mu, self.strong, bs=self.bs, items=self.items)
+    dls = with_pseudo_labels(self.learn.dls, table, self.mu, self.strong, bs=self.bs, items=self.items)
     student = _new_student(self.make_student, dls, self.soft)
     if self.dropout: add_dropout(student.model, self.dropout)
     if self.drop_path: add_drop_path(student.model, self.drop_path)
@@ -121,19 +122,17 @@ def _noisy_student(self:NoisyStudent, table):
 
 # %% ../../nbs/self_training/03_students.ipynb #350f5729
 @patch
-def fit(self:NoisyStudent,
-    fit # How to train a student, as `lambda learn: learn.fit_one_cycle(5, 3e-3)`
-)->Learner: # The last student
+def fit(self:NoisyStudent)->Learner: # The last student
     "Train the rounds that are left: all, or those after an interrupt"
-    if not self._finished: self._finish_round(self.teacher)
+    if not self._finished: self._finish_round(self.learn)
     while len(self._finished) <= self.rounds:
         table = pseudo_label(self.student, self.items, self.threshold, soft=self.soft)
-        table,images = rows_to_train_on(table, self.dls, items=self.items)
+        table,images = rows_to_train_on(table, self.learn.dls, items=self.items)
         if len(table) == 0:
             raise ValueError(f"Round {len(self._finished)} has no pseudo-label to train on: lower `threshold`, "
                              f"which is {self.threshold}, or give other images than the labelled ones.")
         student = self._noisy_student(table)
-        fit(student)
+        self.fit_student(student)
         pseudo_acc = _pseudo_acc(table, images, self.label_func)
         self._finish_round(student, len(table), float(table.confidence.mean()), pseudo_acc)
     return self.student
@@ -160,21 +159,21 @@ def self_distill(
 
 # %% ../../nbs/self_training/03_students.ipynb #45d52796
 def semi_weak(
-    teacher:Learner,      # Trained on the labels; it stays as it is
-    make_student,         # `dls` to a fresh `Learner`
-    unlabeled_items:list, # Images, in any form the teacher's `DataLoaders` open
-    fit,                  # How to train on pseudo-labels, as `lambda learn: learn.fit_one_cycle(5, 3e-3)`
-    fine_tune,            # How to train on the labels after that, as `lambda learn: learn.fit_one_cycle(2, 1e-3)`
-    k:int=16,             # Pseudo-labels of each class, 1 or more
-    bs:int=None           # Images in a batch of pseudo-labels; default: as the teacher's `dls`
+    learn:Learner, # Trained on the labels; it stays as it is
+    make_student,  # `dls` to a fresh `Learner`
+    fit,           # How to train on pseudo-labels, as `lambda learn: learn.fit_one_cycle(5, 3e-3)`
+    items:list,    # Images without labels, in any form the learner's `DataLoaders` open
+    fine_tune,     # How to train on the labels after that, as `lambda learn: learn.fit_one_cycle(2, 1e-3)`
+    k:int=16,      # Pseudo-labels of each class, 1 or more
+    bs:int=None    # Images in a batch of pseudo-labels; default: as the learner's `dls`
 )->Learner: # The student
     "Train on the most confident pseudo-labels of each class, then on the labels"
     check_count('k', k)
-    items = listed_images(unlabeled_items)
-    table = pseudo_label(teacher, items, top_k_per_class=k)
-    dls = with_pseudo_labels(teacher.dls, table, labeled=False, bs=bs, items=items)
+    items = listed_images(items)
+    table = pseudo_label(learn, items, top_k_per_class=k)
+    dls = with_pseudo_labels(learn.dls, table, labeled=False, bs=bs, items=items)
     student = _new_student(make_student, dls, soft=False)
     fit(student)
-    student.dls = teacher.dls
+    student.dls = learn.dls
     fine_tune(student)
     return student
