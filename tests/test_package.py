@@ -6,6 +6,8 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import pytest
+
 import fixmatch_fastai
 import fixmatch_fastai.all as public
 
@@ -76,6 +78,7 @@ def may_load(room):
     return {room}.union(*map(may_load, KNOWS[room]))
 
 
+@pytest.mark.slow
 def test_a_room_loads_only_what_it_may():
     loaded = loaded_with(*WITHOUT_FASTAI, *(o for o in KNOWS if o not in WITHOUT_FASTAI))
     for room, names in loaded.items():
@@ -85,6 +88,7 @@ def test_a_room_loads_only_what_it_may():
         assert 'fastai' not in names or room not in WITHOUT_FASTAI, room
 
 
+@pytest.mark.slow
 def test_the_package_loads_no_more_than_it_needs():
     heavy = {'accelerate', 'nbdev', 'fastai.distributed', 'mlflow', 'omegaconf', 'tensorboard'}
     assert not heavy & set(loaded_with('all')['all'])
