@@ -18,24 +18,9 @@ import policies  # noqa: E402
 import speed  # noqa: E402
 
 
-def test_policies(tmp_path, monkeypatch, capsys):
-    args = [
-        '--labels',
-        '10',
-        '--seeds',
-        '2',
-        '--steps',
-        '3',
-        '--mu',
-        '2',
-        '--workers',
-        '0',
-        '--out',
-        str(tmp_path),
-        '--only',
-        'supervised',
-        'mutual information',
-    ]
+def test_the_policies_benchmark(tmp_path, monkeypatch, capsys):
+    args = '--labels 10 --seeds 2 --steps 3 --mu 2 --workers 0 --only supervised'.split()
+    args += ['mutual information', '--out', str(tmp_path)]
     policies.main(args)
     rows = list(csv.DictReader((tmp_path / 'policies.csv').open()))
     assert [(r['method'], r['seed']) for r in rows] == [
@@ -64,7 +49,7 @@ def test_every_policy_trains_in_the_benchmark(tmp_path, digits):
         assert list(row) and set(row) == set(policies.COLUMNS), method
 
 
-def test_the_committed_table_is_made_of_the_committed_runs():
+def test_the_committed_table_of_policies_is_made_of_the_committed_runs():
     rows = policies.in_order(pd.read_csv(ROOT / 'benchmarks/policies.csv'))
     assert policies.table(rows) == (ROOT / 'benchmarks/policies.md').read_text()
 
@@ -93,7 +78,7 @@ def test_bare_loop_takes_the_same_steps(small, monkeypatch):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
-def test_speed(small, tmp_path):
+def test_the_speed_benchmark(small, tmp_path):
     speed.main(['--out', str(tmp_path), '--only', 'steps', 'mu', '--rounds', '1'])
     text = (tmp_path / 'results.md').read_text(encoding='utf-8')
     assert '### The step' in text and '| small |' in text and '### Growth with mu' in text and '### Views' not in text
@@ -104,7 +89,7 @@ def test_speed(small, tmp_path):
     )
 
 
-def test_start_up(capsys):
+def test_start_up_of_a_large_pool(capsys):
     "A list of 100,000 paths is taken in, and no image held: each would take 3 kB at the least, not some bytes"
     speed.main(['--pool', '100000'])
     first, each, taken = speed.json.loads(capsys.readouterr().out)
@@ -146,7 +131,7 @@ def photos(tmp_path):
     return tmp_path / 'photos'
 
 
-def test_cifar10(photos, tmp_path, monkeypatch, capsys):
+def test_the_cifar10_benchmark(photos, tmp_path, monkeypatch, capsys):
     pytest.importorskip('omegaconf', reason='omegaconf is not installed')
     real, measured = cifar10.measure, []
 
@@ -155,26 +140,8 @@ def test_cifar10(photos, tmp_path, monkeypatch, capsys):
         return 3, 1
 
     monkeypatch.setattr(cifar10, 'measure', measure)
-    args = [
-        '--labels',
-        '4',
-        '--images',
-        str(photos),
-        '--network',
-        'wrn_10_1',
-        '--bs',
-        '2',
-        '--mu',
-        '2',
-        '--evals',
-        '2',
-        '--measure',
-        '2',
-        '--workers',
-        '0',
-        '--device',
-        'cpu',
-    ]
+    sizes = '--labels 4 --network wrn_10_1 --bs 2 --mu 2 --evals 2 --measure 2 --workers 0 --device cpu'
+    args = [*sizes.split(), '--images', str(photos)]
     cifar10.main([*args, '--minutes', '1', '--out', str(tmp_path)])
     assert measured[0][0] > 0 and measured[0][1] >= 0
     rows = pd.read_csv(tmp_path / 'cifar10.csv')

@@ -94,7 +94,7 @@ class ExperimentConfig:
     # none, or some of mlflow, tensorboard and wandb, as track=mlflow,tensorboard; tables and pictures are written
     # anyhow
     track:str='none'
-    # steps from one that MLflow is told of to the next; left out: 1, or more so that it gets 100,000 at most
+    # steps from one that MLflow logs to the next; left out: 1, or more so that it gets 100,000 at most
     log_every:int|None=None
 
 # %% ../../nbs/experiment/00_config.ipynb #f317b260
