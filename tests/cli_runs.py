@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from contextlib import contextmanager, redirect_stdout
+from functools import wraps
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -63,7 +64,20 @@ def learner(weights=None, semi=True, **kwargs):
     return make_learner(o, find_images(o), semi=semi)
 
 
-@pytest.fixture(scope='session')
+def once(make):
+    "A fixture of the session; pytest would make one for each file that imports it"
+    made = []
+
+    @wraps(make)
+    def fixture(**kwargs):
+        if not made:
+            made.append(make(**kwargs))
+        return made[0]
+
+    return pytest.fixture(scope='session')(fixture)
+
+
+@once
 def folders(digits, tmp_path_factory):
     "8 labelled images of each of three classes, and 24 without labels, one of them damaged"
     root = tmp_path_factory.mktemp('images')
@@ -93,7 +107,7 @@ def there(folders, monkeypatch):
     return folders
 
 
-@pytest.fixture(scope='session')
+@once
 def weights(tmp_path_factory):
     "Weights of the small network, with its classifier, as timm gives them"
     file = tmp_path_factory.mktemp('weights') / 'net.safetensors'
@@ -102,7 +116,7 @@ def weights(tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope='session')
+@once
 def run(folders):
     "A run with everything"
     with working_in(folders):
@@ -110,7 +124,7 @@ def run(folders):
     return folders / 'run'
 
 
-@pytest.fixture(scope='session')
+@once
 def tuned(folders, weights):
     "A run of the recipe for pretrained networks with everything, and what it printed"
     out = io.StringIO()
