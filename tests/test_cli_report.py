@@ -13,26 +13,11 @@ from fastai.vision.all import load_learner
 from safetensors.torch import load_file
 
 from fixmatch_fastai.cli.folders import find_images, flat
-from fixmatch_fastai.cli.report import paired_interval, wilson_interval
 from fixmatch_fastai.recipe import probe
 
 TABLES = 'history.csv supervised_history.csv pseudo_labels.csv to_label.csv'.split()
 PICTURES = 'training.png pseudo_labels.png acceptance.png confusion.png'.split()
 WRITTEN = {'learner.pkl', 'weights.safetensors', 'report.html', *TABLES, *PICTURES}
-
-
-def test_wilsons_interval_is_that_of_the_textbook():
-    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson_interval(0, 5)[0] == 0 and wilson_interval(5, 5)[1] == 1
-
-
-def test_the_interval_of_pairs_is_that_of_agresti_and_min():
-    half = 1.959964 * (11 - 100 / 102) ** 0.5 / 102
-    pair = [1] * 70 + [0] * 30, [1] * 60 + [0] * 40
-    assert paired_interval(*pair) == pytest.approx((0.1, 10 / 102 - half, 10 / 102 + half), abs=1e-6)
-    assert paired_interval(*pair[::-1]) == pytest.approx((-0.1, -10 / 102 - half, -10 / 102 + half), abs=1e-6)
-    d, low, high = paired_interval([True] * 8, [True] * 8)  # alike, which says little of as few images
-    assert d == 0 and low < -0.1 and high > 0.1
 
 
 @pytest.mark.slow
