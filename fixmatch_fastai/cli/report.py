@@ -12,7 +12,6 @@ from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from fastai.vision.all import Learner, default_device, set_seed
