@@ -71,10 +71,10 @@ def test_files_are_whole_or_as_they_were(tmp_path):
 
 
 def test_names_with_dollars(tmp_path):
-    before = plt.rcParams['text.parse_math']
+    before, open_before = plt.rcParams['text.parse_math'], plt.get_fignums()
     with without_formulas():
         fig, ax = plt.subplots()
         ax.set_title('$cat_$_$')
         save_figure(fig, tmp_path / 'a.png')
-    assert (tmp_path / 'a.png').stat().st_size > 1000 and not plt.get_fignums()
+    assert (tmp_path / 'a.png').stat().st_size > 1000 and plt.get_fignums() == open_before
     assert plt.rcParams['text.parse_math'] == before
