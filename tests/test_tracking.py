@@ -161,52 +161,18 @@ def test_fits_of_one_callback_are_one_run(client, tracker, make_learner, runs):
 @pytest.mark.parametrize(
     'error, status', [(KeyboardInterrupt, 'KILLED'), (ZeroDivisionError, 'FAILED'), (CancelFitException, 'FINISHED')]
 )
-def test_how_a_run_ends(client, tracker, make_learner, error, status):
-    learn, cb = make_learner(), tracker()
-    stopped_fit(learn, 2, cb, error=error)
+@pytest.mark.parametrize('on_learner', [True, False])
+def test_how_a_run_ends(client, tracker, make_learner, error, status, on_learner):
+    cb = tracker()
+    learn = make_learner(cbs=[cb] * on_learner)
+    cbs = [cb] * (not on_learner)
+    stopped_fit(learn, 2, *cbs, error=error)
     run = client.get_run(cb.run_id)
     assert run.info.status == status and run.info.end_time
     assert steps(client, cb.run_id) == [1, 2, 3, 4, 5]
-    quiet_fit(learn, 1, cbs=cb)
+    quiet_fit(learn, 1, cbs=cbs)
     assert client.get_run(cb.run_id).info.status == 'FINISHED', 'the learner trains on, in the same run'
     assert steps(client, cb.run_id) == [1, 2, 3, 4, 5, 6, 7, 8]
-
-
-def test_an_interrupt_of_a_learners_own_callback(client, tracker, make_learner):
-    "Its run goes on with the next fit"
-    cb = tracker()
-    learn = make_learner(cbs=[cb])
-    stopped_fit(learn, 2)
-    assert client.get_run(cb.run_id).info.status == 'RUNNING'
-    quiet_fit(learn, 1)
-    assert client.get_run(cb.run_id).info.status == 'FINISHED' and steps(client, cb.run_id) == [1, 2, 3, 6, 7, 8]
-    stopped_fit(learn, 2)
-    learn.remove_cb(cb)
-    assert client.get_run(cb.run_id).info.status == 'FAILED'
-
-
-@pytest.mark.slow
-def test_a_run_that_is_never_ended(client, uri, digits, tmp_path):
-    "Python ends in the midst of a fit of a learner's own callback"
-    code = f"""
-import sys, warnings
-warnings.simplefilter('ignore')
-from fastai.vision.all import *
-from fixmatch_fastai.experiment.tracking import MLflowCallback
-class Stop(Callback):
-    def after_batch(self): raise KeyboardInterrupt
-files = L(sys.argv[1:])
-dls = ImageDataLoaders.from_path_func('.', files, parent_label, bs=2, num_workers=0)
-net = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
-cbs = [MLflowCallback('never_ended', tracking_uri={uri!r}), Stop()]
-learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), cbs=cbs)
-with learn.no_bar(): learn.fit(1)
-"""
-    files = [str(o) for name in '01' for o in digits if o.parent.name == name][:: 200 // 8]
-    res = subprocess.run([sys.executable, '-c', code, *files], capture_output=True, text=True, timeout=200)
-    assert res.stderr.strip().endswith('KeyboardInterrupt'), res.stderr
-    (run,) = client.search_runs([client.get_experiment_by_name('never_ended').experiment_id])
-    assert run.info.status == 'KILLED'
 
 
 def test_what_is_no_fit_is_no_run(client, tracker, make_learner, runs):

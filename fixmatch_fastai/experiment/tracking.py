@@ -6,15 +6,16 @@
 __all__ = ['MLflowCallback']
 
 # %% ../../nbs/experiment/05_tracking.ipynb #e309b1ff
-import atexit,importlib.util,logging,math,os,re,sys,time,warnings
-from contextlib import contextmanager, suppress
+import importlib.util,logging,math,os,re,time,warnings
+from contextlib import contextmanager
 from pathlib import Path
 
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_basics import first, get_model, patch, rank_distrib, store_attr
 
 from .. import __version__
 from ..callback import FixMatch
+from ..checkpoint import AroundEpochs
 from ..core import first_line, len_of
 from ..ema import ModelEMA
 
@@ -59,18 +60,11 @@ def _thresholds(fm):
     return dict(threshold_min=t.min(), threshold_mean=t.float().mean(), threshold_max=t.max())
 
 # %% ../../nbs/experiment/05_tracking.ipynb #5e4baba3
-_unfinished = {} # run_id to client
-
-@atexit.register
-def _mark_unfinished():
-    for run_id,client in _unfinished.items():
-        with suppress(Exception), _brief_requests(): client.set_terminated(run_id, 'KILLED')
-
 class MLflowCallback(Callback):
     "Logs fits as a run of [MLflow](https://mlflow.org); a server that goes away does not stop the training"
     order,run_valid = 70,False # after Recorder (50), all that add to its log, and SaveModel (61)
-    _stateattrs = ('_steps','_unsent','_fitting','_begun','_failed','_not_before') # an exported learner has none of it
-    _learn,_fitting,_begun,_failed = None,False,False,False
+    _stateattrs = ('_steps','_unsent','_begun','_failed','_not_before') # an exported learner has none of it
+    _begun,_failed = False,False
     _steps,_unsent,_not_before = (),(),0.
     uri = None # where the run is, from the first fit on
 
@@ -97,14 +91,6 @@ class MLflowCallback(Callback):
         from mlflow import MlflowClient
         return MlflowClient(self.uri)
 
-    @property
-    def learn(self): return self._learn
-    @learn.setter
-    def learn(self, learn):
-        if learn is None and self._fitting: # taken off while an error ends the fit
-            self._end('KILLED' if isinstance(sys.exc_info()[1], KeyboardInterrupt) else 'FAILED')
-        self._learn = learn
-
 # %% ../../nbs/experiment/05_tracking.ipynb #0dee28bc
 @patch
 def __call__(self:MLflowCallback, event_name):
@@ -117,7 +103,8 @@ def before_fit(self:MLflowCallback):
     self.uri = self.tracking_uri or os.environ.get('MLFLOW_TRACKING_URI') or f'sqlite:///{database}'
     self._offset,self._done = self._offset+self._done,0
     self._steps,self._unsent = [],list(self._unsent)
-    self._fitting,self._begun = True,False
+    self._begun = False
+    AroundEpochs.add(self)
 
 @patch
 def before_epoch(self:MLflowCallback): # `SaveFixMatch` has loaded a checkpoint before the first one
@@ -138,7 +125,18 @@ def after_epoch(self:MLflowCallback):
     self._send()
 
 @patch
-def after_fit(self:MLflowCallback): self._end('FINISHED')
+def around_epoch(self:MLflowCallback, run):
+    "Run an epoch; where an error ends the fit, no event would come to say so"
+    try: run()
+    except CancelFitException: raise
+    except BaseException as e:
+        self._end('KILLED' if isinstance(e, KeyboardInterrupt) else 'FAILED')
+        raise
+
+@patch
+def after_fit(self:MLflowCallback):
+    AroundEpochs.remove(self.learn)
+    self._end('FINISHED')
 
 # %% ../../nbs/experiment/05_tracking.ipynb #cb8d9488
 @patch
@@ -181,7 +179,6 @@ def _begin(self:MLflowCallback, client):
         tags = {'fixmatch_fastai.version': __version__, 'mlflow.source.name': 'fixmatch_fastai'}
         self.run_id = client.create_run(self._experiment_id(client), run_name=self.run_name, tags=tags).info.run_id
     else: client.update_run(self.run_id, status='RUNNING')
-    _unfinished[self.run_id] = client
     run = client.get_run(self.run_id).data
     self._sent = int(run.tags.get('fixmatch_fastai.step', 0))
     params = {} if run.params else {**_learner_params(self.learn), **(self.params or {})}
@@ -208,14 +205,11 @@ def _send(self:MLflowCallback, status=None):
             client.log_batch(self.run_id, metrics=new)
             client.set_tag(self.run_id, 'fixmatch_fastai.step', str(new[-1].step))
         self._unsent = []
-        if status is None: return
-        client.set_terminated(self.run_id, status)
-        _unfinished.pop(self.run_id, None)
+        if status: client.set_terminated(self.run_id, status)
     if status or time.monotonic() >= self._not_before: self._attempt(send)
 
 @patch
 def _end(self:MLflowCallback, status):
-    self._fitting = False
     self._collect_steps()
     if self._unsent or self.run_id is not None: self._send(status)
 
