@@ -1,5 +1,6 @@
 "The package as a whole"
 
+import ast
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import fixmatch_fastai
 import fixmatch_fastai.all as public
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / 'fixmatch_fastai'
 
 
 def test_public_names():
@@ -27,68 +29,75 @@ def test_version_is_that_of_the_settings():
     assert fixmatch_fastai.__version__ == ini['DEFAULT']['version']
 
 
+# what each room, or the rooms of each package, may import
+KNOWS = {
+    'core': '',
+    'console': '',
+    'augment': '',
+    'policy': '',
+    'ema': '',
+    'labeled': 'augment',
+    'data': 'core augment labeled',
+    'uncertainty': 'policy',
+    'batch': 'core policy',
+    'record': 'core policy',
+    'callback': 'core policy batch record',
+    'show': 'core policy batch record callback',
+    'recipe': 'core policy callback show ema',
+    'weights': 'core',
+    'checkpoint': 'core record callback ema',
+    'check': 'core policy data batch callback ema checkpoint',
+    'interpret': 'core augment data policy uncertainty batch record callback show',
+    'self_training': 'core augment labeled data policy uncertainty batch record callback recipe check',
+    'experiment': 'core console augment labeled policy uncertainty callback ema recipe checkpoint check interpret',
+    'cli': 'core console augment labeled callback ema recipe check checkpoint weights interpret self_training '
+    'experiment',
+}
+
+
+def rooms_imported(file):
+    "Rooms and packages that a module imports, at its top or in a function"
+    folder = file.relative_to(PACKAGE.parent).parent.parts
+    for o in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
+        if isinstance(o, ast.ImportFrom):
+            path = [*folder[: len(folder) - o.level + 1]] if o.level else []
+            path += o.module.split('.') if o.module else []
+            if path == ['fixmatch_fastai']:
+                yield from (name.name for name in o.names if name.name != '__version__')
+            elif path[0] == 'fixmatch_fastai':
+                yield path[1]
+
+
+def test_a_room_imports_only_what_it_may():
+    found = {}
+    for file in PACKAGE.rglob('*.py'):
+        room = file.relative_to(PACKAGE).parts[0].removesuffix('.py')
+        if room not in ('__init__', '_modidx', 'all'):
+            found.setdefault(room, set()).update(rooms_imported(file))
+    assert found.keys() == KNOWS.keys()
+    for room, names in found.items():
+        assert names <= {room, *KNOWS[room].split()}, room
+
+
 LOADED = """
 import json, sys
 from importlib import import_module
 
 loaded = {}
 for module in sys.argv[1:]:
-    for name in [o for o in sys.modules if o.startswith('fixmatch_fastai')]:
-        del sys.modules[name]
     import_module(f'fixmatch_fastai.{module}')
     loaded[module] = list(sys.modules)
 print(json.dumps(loaded))
 """
 
 
-def loaded_with(*modules):
-    "What is loaded after each module of the package is imported, one after another in a new process"
-    python = [sys.executable, '-W', 'ignore', '-c', LOADED, *modules]
-    res = subprocess.run(python, capture_output=True, text=True, timeout=200)
-    assert res.returncode == 0, res.stderr
-    return json.loads(res.stdout)
-
-
-# a room may load these, and what they may load
-KNOWS = {
-    'core': [],
-    'console': [],
-    'augment': [],
-    'policy': [],
-    'ema': [],
-    'data': ['core', 'augment'],
-    'uncertainty': ['policy'],
-    'batch': ['core', 'policy'],
-    'record': ['core', 'policy'],
-    'callback': ['batch', 'record'],
-    'show': ['callback'],
-    'recipe': ['show', 'ema'],
-    'checkpoint': ['callback', 'ema'],
-    'check': ['data', 'checkpoint'],
-    'interpret': ['data', 'uncertainty', 'show'],
-    'self_training': ['uncertainty', 'recipe', 'check'],
-    'meta_pseudo_labels': ['callback'],
-    'warm_start': ['data'],
-    'experiment': ['console', 'recipe', 'check', 'interpret'],
-}
-WITHOUT_FASTAI = ['augment', 'policy', 'uncertainty']
-
-
-def may_load(room):
-    return {room}.union(*map(may_load, KNOWS[room]))
-
-
-@pytest.mark.slow
-def test_a_room_loads_only_what_it_may():
-    loaded = loaded_with(*WITHOUT_FASTAI, *(o for o in KNOWS if o not in WITHOUT_FASTAI))
-    for room, names in loaded.items():
-        rooms = {o.split('.')[1] for o in names if o.startswith('fixmatch_fastai.')}
-        assert rooms <= may_load(room), room
-        assert not {'accelerate', 'nbdev'} & set(names), room
-        assert 'fastai' not in names or room not in WITHOUT_FASTAI, room
-
-
 @pytest.mark.slow
 def test_the_package_loads_no_more_than_it_needs():
-    heavy = {'accelerate', 'nbdev', 'fastai.distributed', 'mlflow', 'omegaconf', 'tensorboard'}
-    assert not heavy & set(loaded_with('all')['all'])
+    light, heavy = ['console', 'experiment.config'], ['augment', 'policy', 'uncertainty', 'all']
+    python = [sys.executable, '-W', 'ignore', '-c', LOADED, *light, *heavy]
+    res = subprocess.run(python, capture_output=True, text=True, timeout=200)
+    assert res.returncode == 0, res.stderr
+    loaded = json.loads(res.stdout)  # after each
+    assert not {'torch', 'pandas', 'matplotlib'} & set(loaded['experiment.config'])
+    assert 'fastai' not in loaded['uncertainty']
+    assert not {'accelerate', 'nbdev', 'fastai.distributed', 'mlflow', 'tensorboard'} & set(loaded['all'])
