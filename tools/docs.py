@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import warnings
+from configparser import ConfigParser
 from functools import partial
 from importlib import import_module
 from itertools import groupby
@@ -41,6 +42,7 @@ TEXTS = {
     'benchmarks/results.md': 'docs/speed.md',
     'benchmarks/matrix.md': 'docs/matrix.md',
 }  # pages that are not notebooks
+README_PICTURES = ('docs/images/index/', 'docs/images/badges/')
 PICTURES = {'benchmarks/photos.png': 'docs/images/photos.png'}  # and pictures that are no cell's
 FOR_QUARTO = {'FrontmatterProc', 'add_links', 'add_fold'}  # steps of nbdev that write what only Quarto reads
 BARS = re.compile(r'(?s)<style.*?</style>\s*|<div>\s*<progress.*?</div>| (?:border|class|style)="[^"]*"|^\s+', re.M)
@@ -75,6 +77,13 @@ TEMPLATE = """
 
 ![{{ output.metadata.heading }}]({{ output.metadata.filenames['image/png'] }})
 {% endblock %}
+"""
+
+BADGE = """<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20" role="img" aria-label="{label}: {value}">
+<rect width="{width}" height="20" rx="3" fill="#3f51b5"/>
+<path d="M3 0h{left}v20H3a3 3 0 0 1-3-3V3a3 3 0 0 1 3-3z" fill="#555"/>
+<g fill="#fff" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11">
+<text x="8" y="14">{label}</text><text x="{x}" y="14" text-anchor="middle">{value}</text></g></svg>
 """
 
 
@@ -171,10 +180,27 @@ def linked(text, source, dest, names):
             if path.endswith('.ipynb'):
                 page = page_of(path)
             else:
-                page = path if dest == 'README.md' else (TEXTS | PICTURES).get(path)
+                stays = dest == 'README.md' or path.startswith('docs/')
+                page = path if stays else (TEXTS | PICTURES).get(path)
         return f'{m["text"]}({from_dest(page)}{anchor and "#" + anchor.lower()})' if page else m['text'][1:-1]
 
     return WORDS.sub(link, text)
+
+
+def badges():
+    "What a reader asks first, as small pictures that need no network"
+    ini = ConfigParser(delimiters=['='])
+    ini.read('settings.ini', encoding='utf-8')
+    fastai = re.search(r'fastai>=(\S+)', ini['DEFAULT']['requirements'])[1]
+    values = {
+        'python': f'{ini["DEFAULT"]["min_python"]}+',
+        'fastai': f'{fastai}+',
+        'licence': ini['DEFAULT']['license'],
+    }
+    for label, value in values.items():
+        left, right = (8 * len(o) + 12 for o in (label, value))
+        svg = BADGE.format(label=label, value=value, left=left, right=right, width=left + right, x=left + right / 2)
+        yield f'docs/images/badges/{label}.svg', svg.encode()
 
 
 def build():
@@ -189,7 +215,7 @@ def build():
         for name in re.findall(r'^### `([\w.]+)`$', text, re.M):
             called = name.replace('DataLoaders.', 'dls.').replace('Learner.', 'learn.')
             names |= dict.fromkeys([name, called], f'{page}#{name.lower().replace(".", "")}')
-    files |= {dest: Path(source).read_bytes() for source, dest in PICTURES.items()}
+    files |= {dest: Path(source).read_bytes() for source, dest in PICTURES.items()} | dict(badges())
     return files | {dest: linked(text, source, dest, names).encode() for dest, (source, text) in pages.items()}
 
 
@@ -205,7 +231,9 @@ def main():
     files = dict.fromkeys(there) | build()  # None: to be removed
     changed = sorted(k for k, v in files.items() if v != (Path(k).read_bytes() if Path(k).exists() else None))
     if args.readme:
-        changed = [k for k in changed if k == 'README.md' or k.startswith('docs/images/index/')]
+        changed = [
+            k for k in changed if k == 'README.md' or k.startswith(('docs/images/index/', 'docs/images/badges/'))
+        ]
     if args.check:
         sys.exit(f'Out of step with the notebooks: {", ".join(changed)}; run `make docs`.' if changed else 0)
     for path in map(Path, changed):
