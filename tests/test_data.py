@@ -114,6 +114,7 @@ def test_whole_fit_in_a_new_process(method, tmp_path):
         import torch
         from fastai.vision.all import *
         from fixmatch_fastai.all import *
+        from fixmatch_fastai.labeled import digits_dls
 
         def main():
             torch.multiprocessing.set_start_method('{method}')
