@@ -494,3 +494,18 @@ def test_a_whole_process_stops_at_ctrl_c(there, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and '--resume to go on' in err and 'Traceback' not in err
     assert (tmp_path / 'cut' / 'models' / 'fixmatch.pth').exists()
+
+
+@pytest.mark.slow
+def test_a_command_brings_all_it_needs(there, tmp_path):
+    "In a process of its own: what tests have imported would hide what a command lacks"
+    run, table = tmp_path / 'run', tmp_path / 'predictions.csv'
+
+    def in_a_process(name, *args):
+        code = f'from fixmatch_fastai.cli.{name} import fixmatch_{name}; fixmatch_{name}()'
+        res = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=200)
+        assert res.returncode == 0, res.stderr
+
+    in_a_process('train', *DATA, *SMALL, '--epochs', 1, '--no-check', '--compare', '--out', run)
+    in_a_process('predict', '--learner', run / 'learner.pkl', 'unlabeled', '--workers', 0, '--out', table)
+    assert (run / 'report.html').exists() and len(table.read_text().splitlines()) > 1

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from fastai.vision.all import Learner, default_device, set_seed
 from .. import __version__
+from .. import weights # noqa: F401  `learn.save_weights`
 from .training import Training
 from ..core import replacing
 from ..experiment.output import save_csv, save_figure, without_formulas
