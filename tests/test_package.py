@@ -49,8 +49,8 @@ KNOWS = {
     'check': 'core policy data batch callback ema checkpoint',
     'interpret': 'core augment data policy uncertainty batch record callback show',
     'self_training': 'core augment labeled data policy uncertainty batch record callback recipe check',
-    'experiment': 'core console augment labeled policy uncertainty callback ema recipe checkpoint check interpret',
-    'cli': 'core console augment labeled callback ema recipe check checkpoint weights interpret self_training '
+    'experiment': 'core console augment labeled data policy uncertainty callback ema recipe checkpoint check interpret',
+    'cli': 'core console augment labeled data callback ema recipe check checkpoint weights interpret self_training '
     'experiment',
 }
 

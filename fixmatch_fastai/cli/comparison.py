@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from fastai.vision.all import Callback, CategoryBlock, DataBlock, ImageBlock, IndexSplitter, L, Learner, Normalize
 from fastai.vision.all import PILImage, PILImageBW, Resize, accuracy, parent_label, set_seed
+from .. import data # noqa: F401  `dls.unlabeled_dl`
 from ..augment import FixMatchTransform, weak_augment
 from ..callback import FixMatch
 from ..console import CommandError, Progress

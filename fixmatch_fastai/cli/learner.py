@@ -11,6 +11,7 @@ import inspect
 import timm
 from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, Learner, Normalize, Resize
 from fastai.vision.all import accuracy, imagenet_stats, model_meta, models, parent_label, set_seed, vision_learner
+from .. import data # noqa: F401  `dls.unlabeled_dl`
 from ..augment import FixMatchBatchTransform, FixMatchTransform, weak_augment
 from ..callback import FixMatch
 from .folders import Images, flat

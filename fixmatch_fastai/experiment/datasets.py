@@ -21,6 +21,7 @@ from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW
 from PIL import Image
 
+from .. import data # noqa: F401  `dls.unlabeled_dl`
 from ..augment import FixMatchBatchTransform, FixMatchTransform, strong_augment, weak_augment
 from ..console import CommandError, unknown_name
 from ..labeled import WeakTransform, digits_path, split_labeled
