@@ -95,7 +95,7 @@ def _fetch(self:StepRecorder):
 def _watch(self:StepRecorder): self._fetch()
 
 @patch(as_prop=True)
-def steps(self:StepRecorder)->NamedTuple: # A `step_type` of arrays
+def steps(self:StepRecorder)->tuple: # A `step_type` of arrays
     "The numbers of each step of the last fit"
     self._fetch()
     return self.step_type(*self._steps.T)
