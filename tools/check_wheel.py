@@ -74,16 +74,20 @@ def main():
             expect((ROOT / o).exists(), f'{o} is missing: a release needs it.')
             ignored = ignore_patterns('__pycache__', '.*', 'models')
             copytree(ROOT / o, source / o, ignore=ignored) if (ROOT / o).is_dir() else copy2(ROOT / o, source / o)
-        modules = {o.relative_to(ROOT).as_posix() for o in (ROOT / PACKAGE).rglob('*.py')}
+        files = [
+            *(ROOT / PACKAGE).rglob('*.py'),
+            *(ROOT / PACKAGE).rglob('*.html'),
+        ]  # modules, and the report's template
+        wanted = {o.relative_to(ROOT).as_posix() for o in files}
 
         run('-m', 'build', '--no-isolation', '--outdir', dist, source, cwd=tmp)  # the sdist, and the wheel from it
         sdists, wheels = list(dist.glob('*.tar.gz')), list(dist.glob('*.whl'))
         expect(len(sdists) == len(wheels) == 1, 'The build did not give one sdist and one wheel.')
         expect(wheels[0].name.endswith('-py3-none-any.whl'), f'{wheels[0].name} is not a pure Python wheel.')
         inside = set(ZipFile(wheels[0]).namelist())
-        expect(modules <= inside, f'The wheel lacks {", ".join(sorted(modules - inside))}: see `packages` in setup.py.')
-        strange = sorted(o for o in inside - modules if not o.split('/')[0].endswith('.dist-info'))
-        expect(not strange, f'The wheel holds more than the modules: {", ".join(strange)}.')
+        expect(wanted <= inside, f'The wheel lacks {", ".join(sorted(wanted - inside))}: see setup.py.')
+        strange = sorted(o for o in inside - wanted if not o.split('/')[0].endswith('.dist-info'))
+        expect(not strange, f'The wheel holds more than the package: {", ".join(strange)}.')
 
         pip = ['-m', 'pip', '--disable-pip-version-check', 'install', '--quiet', '--no-deps', '--no-index']
         run(*pip, '--target', installed, wheels[0], cwd=tmp)
