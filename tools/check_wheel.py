@@ -77,7 +77,7 @@ def main():
         files = [
             *(ROOT / PACKAGE).rglob('*.py'),
             *(ROOT / PACKAGE).rglob('*.html'),
-        ]  # modules, and the report's template
+        ]
         wanted = {o.relative_to(ROOT).as_posix() for o in files}
 
         run('-m', 'build', '--no-isolation', '--outdir', dist, source, cwd=tmp)  # the sdist, and the wheel from it
