@@ -447,7 +447,7 @@ def markdown(columns, rows):
 
 
 def pm(o):
-    return f'{100 * o.mean():.1f}' + (f' ± {100 * o.std():.1f}' if len(o) > 1 else '')
+    return f'{100 * o.mean():.1f}' + (f' ± {100 * o.std():.1f}' if len(o) > 1 else ', one seed')
 
 
 ACCURACY = (
