@@ -28,7 +28,7 @@ from PIL import Image
 
 from .augment import FixMatchTransform, to_plain_mode, uint8_tensor
 from .core import describe, item_at, processes, unwrap_dl
-from .labeled import RepeatDL, WeakTransform # noqa: F401, learners that 0.1.0 exported look for them here
+from .labeled import RepeatDL, WeakTransform # noqa: F401  where exports of 0.1.0 look for them
 
 # %% ../nbs/01_data.ipynb #5b4481c2
 def as_pil(o)->Image.Image:

@@ -5,6 +5,7 @@ import multiprocessing
 import signal
 import tracemalloc  # noqa: F401  else pytest imports it to report an unclosed file, which can be within an import
 import warnings
+from collections import Counter
 
 warnings.filterwarnings('ignore', category=FutureWarning)  # before fastai is imported
 
@@ -39,9 +40,12 @@ torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
 def pytest_collection_modifyitems(items):
-    "`pytest -m quick` is all that is not slow"
+    "`pytest -m quick` is the first two cases of each test that is not slow"
+    cases = Counter()
     for item in items:
-        if item.get_closest_marker('slow') is None:
+        test = item.path, item.originalname
+        cases[test] += 1
+        if cases[test] <= 2 and item.get_closest_marker('slow') is None:
             item.add_marker('quick')
 
 
@@ -163,6 +167,20 @@ def make_learner(make_dls, pool, tmp_path):
         return Learner(dls, model or tiny_net(), **{'metrics': accuracy, 'path': tmp_path, 'cbs': [fm, *cbs], **kwargs})
 
     return make
+
+
+@pytest.fixture
+def make_student(tmp_path):
+    "A fresh tiny network for `dls`"
+    return lambda dls: Learner(dls, tiny_net(), metrics=accuracy, path=tmp_path)
+
+
+@pytest.fixture
+def teacher(make_dls, make_student):
+    set_seed(0)
+    learn = make_student(make_dls(n_batches=20))
+    quiet_fit(learn, 2, 1e-2)
+    return learn
 
 
 @pytest.fixture

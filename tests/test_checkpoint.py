@@ -1173,4 +1173,3 @@ def test_learner_exported_by_an_earlier_version(file):
 
 if __name__ == '__main__':
     in_a_new_process(Path(sys.argv[1]))
-

@@ -1,5 +1,6 @@
 "`fixmatch_demo`: quiet in a log, the same for the same seed, and right about what can't be"
 
+import re
 import shutil
 
 import pandas as pd
@@ -14,7 +15,7 @@ from fixmatch_fastai.labeled import digits_path
 WRONG = {
     '--labels 45': '45 labels',
     '--data nowhere': '--data nowhere is not a folder',
-    '--threshold 95': 'between 0 and 1',
+    '--threshold 95': '--threshold must be between 0 and 1',
     '--unlabeled 100000': 'unlabelled images: use 1 to',
     '--steps 0': '--steps must be 1 or more',
     '--seeds 0': '--seeds must be 1 or more',
@@ -53,6 +54,23 @@ def test_a_mistake_in_the_demo_comes_before_the_training(args, tmp_path, capsys)
     err = capsys.readouterr().err.strip()
     assert err.startswith('fixmatch_demo: ') and WRONG[args] in err and '\n' not in err
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('n_ones, damaged, match', [
+    (1, False, "only one image of '1': add another"),
+    (2, True, "labelled image .* can't be opened"),
+])  # fmt: skip
+def test_a_folder_that_the_demo_can_not_use(n_ones, damaged, match, tmp_path, digits, capsys):
+    for name, n in {'0': 4, '1': n_ones}.items():
+        (tmp_path / 'mine' / name).mkdir(parents=True)
+        for o in [o for o in digits if parent_label(o) == name][:n]:
+            shutil.copy(o, tmp_path / 'mine' / name)
+    if damaged:
+        (tmp_path / 'mine' / '0' / 'x.png').write_bytes(b'none')
+    args = ['--data', tmp_path / 'mine', '--labels', 2, '--steps', 2, '--out', tmp_path / 'out']
+    assert run_command(fixmatch_demo, args) == 2
+    err = capsys.readouterr().err.strip()
+    assert re.search(match, err) and '\n' not in err
 
 
 def test_tested_images_are_as_many_of_each_class_and_never_trained_on(digits):

@@ -84,7 +84,7 @@ def test_help_says_something_of_each_option(func, capsys):
         assert option.help and len(option.help) > 3
 
 
-HEAVY = '''
+HEAVY = """
 import sys
 from fixmatch_fastai.console import run_command
 from fixmatch_fastai.cli.check import check_command
@@ -108,7 +108,7 @@ assert code(fixmatch_predict, '--learner gone.pkl new') == 2
 assert code(fixmatch_demo, '--data nowhere') == 2
 loaded = {'torch', 'fastai', 'pandas', 'numpy', 'matplotlib', 'timm', 'sklearn', 'PIL'} & set(sys.modules)
 assert not loaded, loaded
-'''
+"""
 
 
 def test_help_and_mistakes_load_nothing_heavy(tmp_path):

@@ -25,26 +25,12 @@ from fixmatch_fastai.labeled import split_labeled
 from fixmatch_fastai.self_training import NoisyStudent, add_drop_path, pseudo_label, self_distill, semi_weak
 
 
-@pytest.fixture
-def make(tmp_path):
-    "A student: a fresh tiny network"
-    return lambda dls: Learner(dls, tiny_net(), metrics=accuracy, path=tmp_path)
-
-
-@pytest.fixture
-def teacher(make_dls, make):
-    set_seed(0)
-    learn = make(make_dls(n_batches=20))
-    quiet_fit(learn, 2, 1e-2)
-    return learn
-
-
-def test_rounds(teacher, pool, make):
+def test_rounds(teacher, pool, make_student):
     made = []
 
     def student(dls):
         made.append(dls)
-        return make(dls)
+        return make_student(dls)
 
     fit = partial(quiet_fit, n_epoch=2, lr=1e-2)
     rounds = NoisyStudent(teacher, student, fit, pool, rounds=2, threshold=0.0, label_func=parent_label)
@@ -65,7 +51,7 @@ def test_rounds(teacher, pool, make):
     assert not torch.equal(last.model.train()(x), last.model(x)), 'dropout'
 
 
-def test_an_interrupted_round_is_trained_again(teacher, pool, make):
+def test_an_interrupted_round_is_trained_again(teacher, pool, make_student):
     fits = []
 
     def fit(learn):
@@ -74,7 +60,7 @@ def test_an_interrupted_round_is_trained_again(teacher, pool, make):
         if len(fits) == 2:
             raise KeyboardInterrupt
 
-    rounds = NoisyStudent(teacher, make, fit, pool, rounds=3, threshold=0.0)
+    rounds = NoisyStudent(teacher, make_student, fit, pool, rounds=3, threshold=0.0)
     with pytest.raises(KeyboardInterrupt):
         rounds.fit()
     assert rounds.student is fits[0] and rounds.history['round'].tolist() == [0, 1]
@@ -82,9 +68,9 @@ def test_an_interrupted_round_is_trained_again(teacher, pool, make):
     assert rounds.fit() is fits[-1] and len(fits) == 4, 'there is nothing left to train'
 
 
-def test_a_round_without_pseudo_labels_can_be_fitted_again(teacher, pool, make):
+def test_a_round_without_pseudo_labels_can_be_fitted_again(teacher, pool, make_student):
     fit = partial(quiet_fit, n_epoch=1, lr=1e-2)
-    rounds = NoisyStudent(teacher, make, fit, pool, rounds=1, threshold=1.0)
+    rounds = NoisyStudent(teacher, make_student, fit, pool, rounds=1, threshold=1.0)
     with (
         pytest.warns(UserWarning, match='No pseudo-label is kept'),
         pytest.raises(ValueError, match='Round 1 has no pseudo-label to train on: lower `threshold`'),
@@ -106,15 +92,15 @@ def test_images_in_memory_are_labelled_once(digits, tmp_path):
         get_y=lambda o: labels[o.tobytes()],
         splitter=IndexSplitter(range(0, 40, 2)),
     )
-    make = lambda dls: Learner(dls, tiny_net(), metrics=accuracy, path=tmp_path)
-    learn = make(block.dataloaders(opened[:40], bs=4, num_workers=0))
+    make_student = lambda dls: Learner(dls, tiny_net(), metrics=accuracy, path=tmp_path)
+    learn = make_student(block.dataloaders(opened[:40], bs=4, num_workers=0))
     items, asked = [o.copy() for o in opened], []
 
     def truth(item):
         asked.append(item)
         return '1'
 
-    rounds = NoisyStudent(learn, make, noop, items, rounds=1, threshold=0.0, dropout=0, label_func=truth)
+    rounds = NoisyStudent(learn, make_student, noop, items, rounds=1, threshold=0.0, dropout=0, label_func=truth)
     rounds.fit()
     assert rounds.history.pseudo_labels[1] == 30 and 0 <= rounds.history.pseudo_acc[1] <= 1
     assert [o.tobytes() for o in asked] == [o.tobytes() for o in opened[40:]]
@@ -130,22 +116,22 @@ def test_hard_losses_are_refused_before_training(teacher, pool):
     NoisyStudent(teacher, hard, fit, pool, rounds=1, threshold=0, soft=False).fit()
 
 
-def test_self_distillation_learns_the_teachers_answers(teacher, make, pool):
+def test_self_distillation_learns_the_teachers_answers(teacher, make_student, pool):
     "With enough steps the student agrees with the teacher more than chance would"
     set_seed(0)
-    student = self_distill(teacher, make, partial(quiet_fit, n_epoch=10, lr=1e-2), items=pool)
+    student = self_distill(teacher, make_student, partial(quiet_fit, n_epoch=10, lr=1e-2), items=pool)
     a, b = (pseudo_label(o, pool).predicted for o in (teacher, student))
     assert (a == b).mean() > 0.6
 
 
-def test_semi_weak_trains_on_the_best_then_on_the_labels(teacher, pool, make):
+def test_semi_weak_trains_on_the_best_then_on_the_labels(teacher, pool, make_student):
     sets = []
 
     def fit(learn):
         sets.append(learn.dls.train_ds)
         quiet_fit(learn, 1, 1e-2)
 
-    semi_weak(teacher, make, fit, pool, fit, k=3)
+    semi_weak(teacher, make_student, fit, pool, fit, k=3)
     best = pseudo_label(teacher, pool, top_k_per_class=3)
     known = set(map(str, teacher.dls.valid_ds.items))
     assert len(sets[0]) == len([o for o in best.file if o not in known]) and sets[1] is teacher.dls.train_ds

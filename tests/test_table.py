@@ -35,7 +35,6 @@ from fastai.vision.all import (
     noop,
     parent_label,
     resnet18,
-    set_seed,
     vision_learner,
 )
 
@@ -59,20 +58,6 @@ from fixmatch_fastai.self_training import (
 )
 from fixmatch_fastai.self_training import table as table_room
 from fixmatch_fastai.self_training.table import right_predictions
-
-
-@pytest.fixture
-def make(tmp_path):
-    "A student: a fresh tiny network"
-    return lambda dls: Learner(dls, tiny_net(), metrics=accuracy, path=tmp_path)
-
-
-@pytest.fixture
-def teacher(make_dls, make):
-    set_seed(0)
-    learn = make(make_dls(n_batches=20))
-    quiet_fit(learn, 2, 1e-2)
-    return learn
 
 
 def passes(learn, stop_at=None):
@@ -109,9 +94,9 @@ def test_the_table_is_what_fastai_predicts(teacher, pool, soft, tta):
         assert list(df.columns) == ['file', 'predicted', 'confidence']
 
 
-def test_views_of_test_time_augmentation_are_random_draws(make_dls, make, pool):
+def test_views_of_test_time_augmentation_are_random_draws(make_dls, make_student, pool):
     "A mean of one plain and four other views: it differs from the plain one and from another draw, and is a softmax"
-    learn = make(make_dls(item_tfms=WeakTransform()))
+    learn = make_student(make_dls(item_tfms=WeakTransform()))
     plain, once, again = (torch.stack([o for _, o, _ in predictions(learn, pool, tta=o)]) for o in (False, True, True))
     for a, b in ((plain, once), (once, again)):
         assert (a - b).abs().max() > 1e-5
@@ -396,14 +381,14 @@ def test_labels_of_a_soft_table(teacher, pool):
         block.dataloaders(list(pool), num_workers=0)
 
 
-def test_a_data_block_trains_on_the_table(teacher, pool, make):
+def test_a_data_block_trains_on_the_table(teacher, pool, make_student):
     labeled, valid = teacher.dls.train_ds.items, teacher.dls.valid_ds.items
     hard, soft = pseudo_label(teacher, pool), pseudo_label(teacher, pool, soft=True)
     items = [*valid, *labeled, *pool]
     for table, block in ((hard, CategoryBlock), (soft, SoftCategoryBlock(teacher.dls.vocab))):
         splitter, get_y = IndexSplitter(range(len(valid))), TableLabels(table, parent_label)
         db = DataBlock((ImageBlock(PILImageBW), block), get_y=get_y, splitter=splitter)
-        learn = make(db.dataloaders(items, bs=8, num_workers=0))
+        learn = make_student(db.dataloaders(items, bs=8, num_workers=0))
         quiet_fit(learn, 1, 1e-2)
         with learn.no_bar():
             right = [parent_label(o) == learn.predict(o)[0] for o in valid]
@@ -553,7 +538,7 @@ def test_training_metrics_need_the_likeliest_class(teacher, pool):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('way', ['with_pseudo_labels', 'DataBlock'])
-def test_logits_train_and_validate(teacher, pool, make, way):
+def test_logits_train_and_validate(teacher, pool, make_student, way):
     "Trains on squared errors, validates by cross-entropy, and comes to predict what the teacher says"
     table = pseudo_label(teacher, pool, soft='logits')
     if way == 'DataBlock':
@@ -570,7 +555,7 @@ def test_logits_train_and_validate(teacher, pool, make, way):
         new = table[~table.file.isin(map(str, teacher.dls.valid_ds.items))]
         row = new[[f'logit_{o}' for o in dls.vocab]].to_numpy()[4]
         assert dls.train_ds[4][1].tolist() == row.tolist()
-    learn = Learner(dls, tiny_net(), loss_func=LogitsMSELoss(), metrics=accuracy, path=make(dls).path)
+    learn = Learner(dls, tiny_net(), loss_func=LogitsMSELoss(), metrics=accuracy, path=make_student(dls).path)
     quiet_fit(learn, 1, 1e-2)
     first, loss, acc = learn.recorder.values[0]
     with learn.no_bar():
@@ -581,8 +566,8 @@ def test_logits_train_and_validate(teacher, pool, make, way):
     assert learn.recorder.values[-1][0] < first / 2
 
 
-def test_fixmatch_refuses_soft_labels(teacher, pool, make):
-    learn = make(with_pseudo_labels(teacher.dls, pseudo_label(teacher, pool, soft=True)))
+def test_fixmatch_refuses_soft_labels(teacher, pool, make_student):
+    learn = make_student(with_pseudo_labels(teacher.dls, pseudo_label(teacher, pool, soft=True)))
     learn.add_cb(FixMatch(teacher.dls.unlabeled_dl(pool, mu=1)))
     with pytest.raises(ValueError, match='looks like soft labels: FixMatch makes its own pseudo-labels'):
         quiet_fit(learn, 1)

@@ -63,6 +63,13 @@ def pages():
         yield res.stderr.strip()
 
 
+def ignored():
+    "Git leaves out no page and no picture"
+    command = ['git', 'check-ignore', '--no-index', *(ROOT / 'docs').rglob('*.*')]
+    for o in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines():
+        yield f'Git ignores {Path(o).relative_to(ROOT)}: narrow the pattern in .gitignore.'
+
+
 def versions():
     "One version in four places"
     ini = ConfigParser(delimiters=['='])
@@ -97,7 +104,7 @@ def outputs():
 
 def main():
     quick = sys.argv[1:] == ['--quick']  # without the pages, which take a minute
-    failures = [o for check in (versions, outputs, exported, *[pages] * (not quick)) for o in check()]
+    failures = [o for check in (versions, outputs, ignored, exported, *[pages] * (not quick)) for o in check()]
     print('\n'.join(failures), end='\n' if failures else '', file=sys.stderr)
     sys.exit(bool(failures))
 

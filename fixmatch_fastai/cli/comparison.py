@@ -11,13 +11,13 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from fastai.vision.all import Callback, CategoryBlock, DataBlock, ImageBlock, IndexSplitter, L, Learner, Normalize
-from fastai.vision.all import PILImage, PILImageBW, Resize, accuracy, parent_label, set_seed
+from fastai.vision.all import Callback, L, Learner, PILImage, PILImageBW, Resize, accuracy, parent_label, set_seed
 from .. import data # noqa: F401  `dls.unlabeled_dl`
 from ..augment import FixMatchTransform, weak_augment
 from ..callback import FixMatch
 from ..console import CommandError, Progress
-from ..labeled import WeakTransform, split_labeled
+from ..labeled import WeakTransform, labeled_dls, split_labeled
+from ..experiment.datasets import check_readable
 from ..experiment.networks import small_cnn
 from ..experiment.output import save_csv, save_figure
 from ..self_training import compare_supervised
@@ -32,6 +32,9 @@ def hold_out(
     counts = Counter(map(parent_label, files))
     if len(counts) < 2:
         raise CommandError("There must be images of two classes or more, each class in a folder of its own.")
+    least = min(counts, key=counts.get)
+    if counts[least] < 2:
+        raise CommandError(f"There is only one image of {least!r}: add another, as one is kept to test on.")
     keep = (len(files)-(n_test or len(files)//4))//len(counts)
     return split_labeled(files, parent_label, min(keep, min(counts.values())*3//4)*len(counts))
 
@@ -53,13 +56,10 @@ def small_learner(
     size:int=None  # Resize to a square of this side; default: leave as they are
 )->Learner: # Without `FixMatch`
     "A network of two convolutions for grey or coloured images"
-    items,grey = labeled+test,Image.open(labeled[0]).mode == 'L'
-    n_in,img_cls = (1,PILImageBW) if grey else (3,PILImage)
+    n_in,img_cls = (1,PILImageBW) if Image.open(labeled[0]).mode == 'L' else (3,PILImage)
     resize = [] if size is None else [Resize(size)]
-    block = DataBlock(blocks=(ImageBlock(img_cls), CategoryBlock), get_y=parent_label,
-                      splitter=IndexSplitter(range(len(labeled), len(items))), item_tfms=[*resize, WeakTransform(weak)],
-                      batch_tfms=Normalize.from_stats([0.3]*n_in, [0.33]*n_in, cuda=False))
-    dls = block.dataloaders(items, bs=16, val_bs=256, num_workers=0).repeat_train(n_batches)
+    dls = labeled_dls(labeled, test, [*resize,WeakTransform(weak)], img_cls.create, ([.3]*n_in,[.33]*n_in),
+                      n_batches=n_batches, val_bs=256)
     return Learner(dls, small_cnn(n_in, dls.c), metrics=accuracy)
 
 # %% ../../nbs/cli/08a_comparison.ipynb #7bce246d
@@ -86,6 +86,7 @@ def compare(
 ): # What `compare_supervised` returns
     "Train with and without `FixMatch` on the same few labels of `files`"
     train,test = hold_out(files, n_test)
+    check_readable(train+test, size)
     tfm = FixMatchTransform(weak=weak_augment(flip=flip))
     n_points = min(n_points, steps)
     n_batches = -(-steps//n_points) # whole epochs
@@ -103,7 +104,7 @@ def compare(
     def method(unlabeled_dl): return FixMatch(unlabeled_dl, threshold=threshold)
 
     try: method(unlabeled_dl(make_learner(0).dls, 0)) # what is wrong with the arguments shows here, not after minutes
-    except ValueError as e: raise CommandError(str(e)) from e
+    except ValueError as e: raise CommandError(str(e).replace('`threshold`','--threshold')) from e
     print(f'{len(train)} training and {len(test)} test images, {n_labels} labels; '
           f'{seeds} × supervised, {seeds} × FixMatch, {steps} steps each')
     bar,done = Progress(2*seeds*steps),itertools.count(0, steps)

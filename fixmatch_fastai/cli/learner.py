@@ -9,8 +9,7 @@ __all__ = ['policy_named', 'network_named', 'check_names', 'make_dataloaders', '
 import inspect
 
 import timm
-from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, IndexSplitter, Learner, Normalize, Resize
-from fastai.vision.all import accuracy, imagenet_stats, model_meta, models, parent_label, set_seed, vision_learner
+from fastai.vision.all import Learner, Resize, accuracy, imagenet_stats, model_meta, models, set_seed, vision_learner
 from .. import data # noqa: F401  `dls.unlabeled_dl`
 from ..augment import FixMatchBatchTransform, FixMatchTransform, weak_augment
 from ..callback import FixMatch
@@ -19,7 +18,7 @@ from .options import Options
 from .weights import image_stats, load_body
 from ..console import CommandError, unknown_name
 from ..core import first_line
-from ..labeled import WeakTransform
+from ..labeled import WeakTransform, labeled_dls
 from ..experiment.policies import named_policies
 
 # %% ../../nbs/cli/03_learner.ipynb #61581541
@@ -50,19 +49,12 @@ def check_names(options:Options):
 # %% ../../nbs/cli/03_learner.ipynb #03983a5e
 def make_dataloaders(options:Options, images:Images):
     "Labelled images, to train and to validate on"
-    train,items = flat(images.train),flat(images.train)+flat(images.valid)
     stats = None # of weights that are downloaded, `vision_learner` knows
     if not options.pretrained: stats = imagenet_stats
     elif options.weights: stats = image_stats(network_named(options.arch))
-    block = DataBlock(blocks=(ImageBlock, CategoryBlock(vocab=images.classes, sort=False)),
-                      get_y=parent_label,
-                      splitter=IndexSplitter(range(len(train), len(items))),
-                      item_tfms=[Resize(options.size), WeakTransform(weak_augment(flip=options.flip))],
-                      batch_tfms=stats and Normalize.from_stats(*stats, cuda=False))
-    few = -(-options.workers//8) # to open one image in eight, and new ones are started in each epoch
-    dls = block.dataloaders(items, bs=options.bs, val_bs=4*options.bs,
-                            dl_kwargs=[dict(num_workers=few), dict(num_workers=options.workers)])
-    return dls.repeat_train(options.steps)
+    item_tfms = [Resize(options.size),WeakTransform(weak_augment(flip=options.flip))]
+    return labeled_dls(flat(images.train), flat(images.valid), item_tfms, stats=stats, vocab=images.classes,
+                       n_batches=options.steps, bs=options.bs, val_bs=4*options.bs, workers=options.workers)
 
 def make_unlabeled_dl(options:Options, images:Images, dls):
     "The pool, in weak and strong views"

@@ -18,7 +18,7 @@ from ..core import first_line
 
 # %% ../../nbs/experiment/02_networks.ipynb #bded47bc
 class WideBlock(nn.Module):
-    "BatchNorm, rectifier, convolution, twice, and a shortcut ([Wide Residual Networks](https://arxiv.org/abs/1605.07146))"
+    "BatchNorm, rectifier, convolution, twice, and a shortcut ([Wide ResNet](https://arxiv.org/abs/1605.07146))"
     def __init__(self,
         n_in:int,  # Channels of the input
         n_out:int, # Channels of the output

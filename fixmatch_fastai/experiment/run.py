@@ -31,12 +31,12 @@ from ..checkpoint import SaveFixMatch
 from ..console import CommandError
 from ..core import replacing
 from ..ema import ModelEMA
-from .config import (ExperimentConfig, config_yaml, flat_values, in_words, named_datasets,
-                                               read_config, resolved, trackers)
+from .config import ExperimentConfig, config_yaml, flat_values, in_words, named_datasets
+from .config import read_config, resolved, trackers
 from .datasets import Images, load_images, make_dataloaders
 from .networks import make_network, set_bn_momentum
-from .output import (EpochTable, logged_lines, save_csv, save_figure, save_text,
-                                               without_formulas)
+from .output import EpochTable, logged_lines, save_csv, save_figure, save_text
+from .output import without_formulas
 from .policies import make_policy
 from .tracking import MLflowCallback
 from ..interpret import PseudoLabelInterpretation
