@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
-LONG := ^(when_it_does_not_help|own_policy|cifar10|photos)\.
+LONG := ^(cifar10|first_run|multi_label|own_policy|photos|warm_start|when_it_does_not_help|which_policy)\.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

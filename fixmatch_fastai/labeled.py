@@ -159,7 +159,6 @@ def labeled_dls(
                             dl_kwargs=[dict(num_workers=-(-workers//8)),dict(num_workers=workers)])
     return dls if n_batches is None else dls.repeat_train(n_batches)
 
-
 # %% ../nbs/00a_labeled.ipynb #4a1e0c0c
 def digits_dls(
     n_labels:int=40,    # Labelled digits, a multiple of 10
