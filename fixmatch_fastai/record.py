@@ -248,14 +248,14 @@ def _count(self:SemiRecorder, labels, weights, policy, n_classes):
 
 # %% ../nbs/05_record.ipynb #623c7151
 @patch(as_prop=True)
-def by_class(self:SemiRecorder)->dict: # `step` (S,), `said`, `share` and, if the policy has any, `threshold` (S, C)
+def by_class(self:SemiRecorder)->dict: # `step` (S,), `predicted`, `share` and, with some policies, `threshold` (S, C)
     "Of each span of the last fit: its last step, labels of each class, the share of them that counts, thresholds"
     if not self._spans: return {}
     n_steps,counts,thresholds = zip(*self._spans)
     n,weights = torch.stack(counts, 1).cpu().numpy()
     alone = int((self.steps.n_u == 0).cumprod().sum())
     share = np.divide(weights, n, out=np.full_like(n, nan), where=n > 0) # NaN where there are none of a class
-    found = dict(step=alone+np.cumsum(n_steps), said=n, share=share)
+    found = dict(step=alone+np.cumsum(n_steps), predicted=n, share=share)
     if thresholds[0] is None: return found
     return {**found, 'threshold': torch.stack([o.expand(n.shape[1]) for o in thresholds]).cpu().numpy()}
 

@@ -302,7 +302,7 @@ def test_plot_of_a_warm_up(make_dls, make_learner):
         (shade,) = [o for o in ax.patches if o.get_label() == 'labels alone']
         assert shade.get_x() == 0 and shade.get_width() == 20
     by_class = learn.semi_recorder.by_class
-    assert by_class['step'][0] > 20 and by_class['step'][-1] == 40 and by_class['said'].sum() == 20 * 8
+    assert by_class['step'][0] > 20 and by_class['step'][-1] == 40 and by_class['predicted'].sum() == 20 * 8
     plt.close('all')
     plain = make_learner()
     quiet_fit(plain, 1)

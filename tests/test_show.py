@@ -72,7 +72,7 @@ def test_by_class_by_hand():
     "Two spans of ten steps; class 2 never comes"
     rec = recorder_of(*[FEW] * 10, *[MORE] * 15)
     o = rec.by_class
-    assert o['step'].tolist() == [10, 20] and o['said'].tolist() == [[20, 10, 0]] * 2 and 'threshold' not in o
+    assert o['step'].tolist() == [10, 20] and o['predicted'].tolist() == [[20, 10, 0]] * 2 and 'threshold' not in o
     np.testing.assert_array_equal(o['share'], [[0.5, 0.5, np.nan], [1, 0.5, np.nan]])
     rec.start()
     assert len(rec.by_class['step']) == 2, 'kept until training begins'
@@ -82,7 +82,7 @@ def test_by_class_by_hand():
 
 def test_soft_targets_are_counted_as_their_likeliest_class():
     rec = recorder_of(*[([[0.1, 0.9], [0.6, 0.4]], [1.0, 1.0])] * 10, n_classes=2)
-    assert rec.by_class['said'].tolist() == [[10, 10]]
+    assert rec.by_class['predicted'].tolist() == [[10, 10]]
 
 
 def test_spans_go_on_after_a_resume():
@@ -92,7 +92,7 @@ def test_spans_go_on_after_a_resume():
     later.restore(recorder_of(*[FEW] * 15).snapshot())
     add(later, *[MORE] * 10)
     assert whole['step'].tolist() == later.by_class['step'].tolist() == [10, 20]
-    for name in ('said', 'share'):
+    for name in ('predicted', 'share'):
         np.testing.assert_array_equal(whole[name], later.by_class[name])
 
 
@@ -112,8 +112,8 @@ def test_sums_by_class_agree_with_the_history(make_learner, policy, moves):
     quiet_fit(learn, 4, 1e-2)
     o, history = learn.semi_recorder.by_class, learn.fix_match.history
     assert o['step'].tolist() == list(range(1, 13)), 'few steps: each by itself'
-    assert (o['said'].sum(1) == 8).all()
-    np.testing.assert_allclose(np.nansum(o['said'] * o['share'], 1) / 8, history.mask_rate, atol=1e-6)
+    assert (o['predicted'].sum(1) == 8).all()
+    np.testing.assert_allclose(np.nansum(o['predicted'] * o['share'], 1) / 8, history.mask_rate, atol=1e-6)
     axs = learn.fix_match.plot()
     assert len(axs) == 3 + moves and [ax.get_title() for ax in axs][2] == 'pseudo-labels of each class that count'
     assert [o.get_text() for o in axs[2].get_yticklabels()] == [str(i) for i in range(10)]
