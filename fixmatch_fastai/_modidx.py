@@ -157,6 +157,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'fixmatch_fastai.callback.FixMatch': ('callback.html#fixmatch', 'fixmatch_fastai/callback.py'),
                                           'fixmatch_fastai.callback.FixMatch.__init__': ( 'callback.html#fixmatch.__init__',
                                                                                           'fixmatch_fastai/callback.py'),
+                                          'fixmatch_fastai.callback.FixMatch._check_ready': ( 'callback.html#fixmatch._check_ready',
+                                                                                              'fixmatch_fastai/callback.py'),
                                           'fixmatch_fastai.callback.FixMatch._clean_up': ( 'callback.html#fixmatch._clean_up',
                                                                                            'fixmatch_fastai/callback.py'),
                                           'fixmatch_fastai.callback.FixMatch._join': ( 'callback.html#fixmatch._join',

@@ -173,18 +173,42 @@ class FixMatch(Callback):
         lambda_u = self.lambda_u(self.learn.pct_train) if callable(self.lambda_u) else self.lambda_u
         return loss_x + lambda_u*loss_u + penalty
 
+    def after_loss(self):
+        if not self.warming_up: return
+        self.learn.loss = self.learn.loss.float() # as in all other steps, with which Recorder smooths it
+        self._recorder.add_labeled(self.learn.loss_grad, len(self.xb[0]))
+
+    def before_fit(self):
+        self._clean_up()
+        self._seat_teacher()
+        if not self.create_mbar: return self._recorder.start() # in `validate` and `get_preds`
+        known = self.unlabeled_dl is not None and tells_truth(self.unlabeled_dl, self.policy.multi_label)
+        self._recorder.start(['loss_x','loss_u','mask_rate'] + ['pseudo_acc']*known)
+
+    def before_train(self):
+        self._check_ready()
+        if self.preflight is None or self.checked is self.unlabeled_dl or hasattr(self.learn, 'lr_finder'): return
+        self.checked = self.unlabeled_dl
+        self.preflight()
+
+    def after_cancel_batch(self):
+        if self._pending is not None: self._take_apart() # before `after_pred`: metrics still want labelled rows
+        self._put_back()
+
+    def before_validate(self): self._put_back()
+
+    def after_epoch(self): self._put_back()
+
+    def after_fit(self):
+        self._clean_up()
+        self._warn_of_damaged()
+
 # %% ../nbs/04_callback.ipynb #f397fe1d
 @patch(as_prop=True)
 def warming_up(self:FixMatch)->bool:
     "Does this step of training see labelled images alone, by `warmup`?"
     # what adds up to 0.4 is a little less
     return self.learn.pct_train < self.warmup - 1e-6 and not hasattr(self.learn, 'lr_finder')
-
-@patch
-def after_loss(self:FixMatch):
-    if not self.warming_up: return
-    self.learn.loss = self.learn.loss.float() # Recorder smooths it together with those of the other steps, which are
-    self._recorder.add_labeled(self.learn.loss_grad, len(self.xb[0]))
 
 # %% ../nbs/04_callback.ipynb #8c67c1a3
 @patch
@@ -301,14 +325,6 @@ FixMatch.learn = property(lambda self: self._learn, _set_learn)
 
 # %% ../nbs/04_callback.ipynb #a58f900c
 @patch
-def before_fit(self:FixMatch):
-    self._clean_up()
-    self._seat_teacher()
-    if not self.create_mbar: return self._recorder.start() # in `validate` and `get_preds`
-    known = self.unlabeled_dl is not None and tells_truth(self.unlabeled_dl, self.policy.multi_label)
-    self._recorder.start(['loss_x','loss_u','mask_rate'] + ['pseudo_acc']*known)
-
-@patch
 def _seat_teacher(self:FixMatch):
     "See that the teacher is among the Learner's callbacks, and so follows its weights; given beside us, it is"
     if self.teacher is None or any(cb is self.teacher for cb in self.learn.cbs): return
@@ -320,18 +336,7 @@ def _seat_teacher(self:FixMatch):
     self._seated = True
     self.teacher('before_fit') # the others have been called in a list that was made before
 
-@patch
-def before_train(self:FixMatch):
-    if self.unlabeled_dl is None:
-        raise ValueError("This learner was loaded without its unlabelled images: give it new ones "
-                         "with `learn.remove_cb(FixMatch)` and `learn.add_cb(FixMatch(unlabeled_dl))`.")
-    if len(self.learn._grab_cbs(FixMatch)) > 1:
-        raise ValueError("There are two FixMatch callbacks: take one off with `learn.remove_cb`.")
-    _check_has_steps(self.dls.train)
-    if self.preflight is not None and self.checked is not self.unlabeled_dl and not hasattr(self.learn, 'lr_finder'):
-        self.checked = self.unlabeled_dl
-        self.preflight()
-
+# %% ../nbs/04_callback.ipynb #7cabba73
 def _check_has_steps(train):
     if not hasattr(train, '__len__') or len(train) > 0: return
     n,bs = len(train.dataset),batch_size_of(train) or '?'
@@ -339,23 +344,17 @@ def _check_has_steps(train):
                      "so an epoch has no step: use `dls.repeat_train(100)` for epochs of 100 full batches, "
                      "or a smaller `bs`.")
 
+@patch
+def _check_ready(self:FixMatch):
+    "Is there something to train on?"
+    if self.unlabeled_dl is None:
+        raise ValueError("This learner was loaded without its unlabelled images: give it new ones "
+                         "with `learn.remove_cb(FixMatch)` and `learn.add_cb(FixMatch(unlabeled_dl))`.")
+    if len(self.learn._grab_cbs(FixMatch)) > 1:
+        raise ValueError("There are two FixMatch callbacks: take one off with `learn.remove_cb`.")
+    _check_has_steps(self.dls.train)
+
 # %% ../nbs/04_callback.ipynb #fafc7ecd
-@patch
-def after_cancel_batch(self:FixMatch):
-    if self._pending is not None: self._take_apart() # cancelled before `after_pred`: metrics still want labelled rows
-    self._put_back()
-
-@patch
-def before_validate(self:FixMatch): self._put_back()
-
-@patch
-def after_epoch(self:FixMatch): self._put_back()
-
-@patch
-def after_fit(self:FixMatch):
-    self._clean_up()
-    self._warn_of_damaged()
-
 @patch
 def _put_back(self:FixMatch):
     "The user's loss, where an interrupt came between"
