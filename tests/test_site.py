@@ -1,5 +1,6 @@
 "What makes and checks the site finds what it is there to find"
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -62,3 +63,26 @@ def test_formulas_that_would_be_shown_as_written():
     assert shown.startswith('<math') and '\\' not in shown
     with pytest.raises(SystemExit, match=r'x\.md: \\arg in the formula .* is not known'):
         site_hooks.on_page_content(formula.format(r'\arg\max'), page())
+
+
+def test_names_of_inner_rooms_are_linked_in_these_alone():
+    spec = importlib.util.spec_from_file_location('write_docs', ROOT / 'tools/docs.py')
+    docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docs)
+    names = {
+        'fit': 'docs/api/cli/training.md#fit',
+        'fixmatch_train': 'docs/api/cli/train.md#fixmatch_train',
+        'FixMatch': 'docs/api/callback.md#fixmatch',
+    }
+    linked = {dest: docs.linked('`fit` `fixmatch_train` `FixMatch`', dest, dest, names).split() for dest in (
+        'docs/api/ema.md', 'docs/api/cli/train.md')}  # fmt: skip
+    assert linked['docs/api/ema.md'] == [
+        '`fit`',
+        '[`fixmatch_train`](cli/train.md#fixmatch_train)',
+        '[`FixMatch`](callback.md#fixmatch)',
+    ]
+    assert linked['docs/api/cli/train.md'] == [
+        '[`fit`](training.md#fit)',
+        '[`fixmatch_train`](#fixmatch_train)',
+        '[`FixMatch`](../callback.md#fixmatch)',
+    ]

@@ -44,6 +44,7 @@ TEXTS = {
 }  # pages that are not notebooks
 README_PICTURES = ('docs/images/index/', 'docs/images/badges/')
 PICTURES = {'benchmarks/photos.png': 'docs/images/photos.png'}  # and pictures that are no cell's
+INSIDE = ('docs/api/cli/', 'docs/api/experiment/')  # whose names are linked in their own pages only
 FOR_QUARTO = {'FrontmatterProc', 'add_links', 'add_fold'}  # steps of nbdev that write what only Quarto reads
 BARS = re.compile(r'(?s)<style.*?</style>\s*|<div>\s*<progress.*?</div>| (?:border|class|style)="[^"]*"|^\s+', re.M)
 BLOCKS = r'^(?P<fence>`{3,}).*?^(?P=fence)|^\$\$.*?\$\$|^#[^\n]*'  # these stay as they are
@@ -168,7 +169,11 @@ def linked(text, source, dest, names):
 
     def link(m):
         if m['code']:
-            page, _, anchor = names.get(m['code'].removesuffix('()'), '').partition('#')
+            name = m['code'].removesuffix('()')
+            page, _, anchor = names.get(name, '').partition('#')
+            # `fit` and `run` of those rooms are elsewhere the Learner's, or a user's own
+            if page.startswith(INSIDE) and dirname(page) != dirname(dest) and not name.startswith('fixmatch_'):
+                page = ''
             return f'[{m[0]}]({"" if page == dest else from_dest(page)}#{anchor})' if page else m[0]
         page, _, anchor = (m['target'] or '').partition('#')
         if not page or re.match('[a-z]+:', page):
