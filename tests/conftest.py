@@ -38,11 +38,24 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+MADE_ONCE = 'elsewhere', 'taught_run', 'tuned', 'run', 'in_two_processes'  # fixtures that take long to make
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist settles on "load"
+def pytest_cmdline_main(config):
+    "Tests that share what takes long to make go to one process"
+    if getattr(config.option, 'numprocesses', None) and config.option.dist == 'no':
+        config.option.dist = 'loadgroup'
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers, and xdist by groups
 def pytest_collection_modifyitems(items):
     "`pytest -m quick` is the first two cases of each test that is not slow"
     cases = Counter()
     for item in items:
+        shared = [o for o in MADE_ONCE if o in item.fixturenames]
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(shared[0]))
         test = item.path, item.originalname
         cases[test] += 1
         if cases[test] <= 2 and item.get_closest_marker('slow') is None:
@@ -137,7 +150,7 @@ def make_dls(digits):
             item_tfms=item_tfms,
             batch_tfms=batch_tfms,
         )
-        dls = block.dataloaders(labeled + test, bs=bs, num_workers=num_workers)
+        dls = block.dataloaders(labeled + test, bs=bs, val_bs=len(test), num_workers=num_workers)
         return dls if n_batches is None else dls.repeat_train(n_batches)
 
     return make
