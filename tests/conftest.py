@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import shutil
 import signal
 import tracemalloc  # noqa: F401  else pytest imports it to report an unclosed file, which can be within an import
 import warnings
@@ -38,7 +39,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
 
 
-MADE_ONCE = 'elsewhere', 'taught_run', 'tuned', 'run', 'in_two_processes'  # fixtures that take long to make
+MADE_ONCE = 'elsewhere', 'taught_run', 'tuned', 'run', 'in_two_processes', 'uri'  # fixtures that take long to make
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist settles on "load"
@@ -136,6 +137,19 @@ def pool(digits):
 
 
 @pytest.fixture(scope='session')
+def few_digits(digits, tmp_path_factory):
+    "A folder as experiments take it: of each class 10 digits to train on, and 4 to test on"
+    folder = tmp_path_factory.mktemp('few') / 'digits'
+    train, rest = split_labeled(digits, parent_label, 100, seed=0)
+    test, _ = split_labeled(rest, parent_label, 40, seed=0)
+    for part, files in (('train', train), ('test', test)):
+        for o in files:
+            (folder / part / parent_label(o)).mkdir(parents=True, exist_ok=True)
+            shutil.copy(o, folder / part / parent_label(o))
+    return folder
+
+
+@pytest.fixture(scope='session')
 def make_dls(digits):
     "Few labelled digits and a few to validate on, fresh for each test"
     labeled, rest = split_labeled(digits, parent_label, 20, seed=0)
@@ -188,11 +202,19 @@ def make_student(tmp_path):
     return lambda dls: Learner(dls, tiny_net(), metrics=accuracy, path=tmp_path)
 
 
-@pytest.fixture
-def teacher(make_dls, make_student):
+@pytest.fixture(scope='session')
+def teacher_weights(make_dls):
+    "Of a tiny network that knows some of the digits"
     set_seed(0)
-    learn = make_student(make_dls(n_batches=20))
+    learn = Learner(make_dls(n_batches=20), tiny_net())
     quiet_fit(learn, 2, 1e-2)
+    return learn.model.state_dict()
+
+
+@pytest.fixture
+def teacher(make_dls, make_student, teacher_weights):
+    learn = make_student(make_dls(n_batches=20))
+    learn.model.load_state_dict(teacher_weights)
     return learn
 
 

@@ -194,20 +194,27 @@ def test_workers_of_an_interrupted_fit_end_with_the_next(make_learner, exc):
 
 
 def slow_views(img):
-    threading.Event().wait(0.2)
+    threading.Event().wait(0.1)
     t = torch.zeros(1, 16, 16, dtype=torch.uint8)
     return t, t + 1
 
 
-@pytest.mark.slow
+class CtrlCSoon(Callback):
+    "A signal while FixMatch waits for its first views"
+
+    order = -20
+
+    def before_batch(self):
+        if self.training and self.iter == 0:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
 def test_ctrl_c_while_waiting_for_views(make_dls, make_learner, pool):
     "The traceback, which people's tools keep, holds on to the loader: its workers end all the same"
     dls = make_dls()
-    learn = make_learner(dls=dls, loader=dls.unlabeled_dl(pool, tfm=slow_views, num_workers=2))
-    timer = threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    learn = make_learner(dls=dls, loader=dls.unlabeled_dl(pool, bs=8, tfm=slow_views, num_workers=2))
     with pytest.raises(KeyboardInterrupt) as kept:
-        quiet_fit(learn, 10)
+        quiet_fit(learn, 10, cbs=CtrlCSoon())
     assert kept.traceback and not multiprocessing.active_children()
 
 
