@@ -30,6 +30,8 @@ from fastai.vision.all import (
     parent_label,
     set_seed,
 )
+from matplotlib.figure import Figure
+from PIL import Image
 
 from fixmatch_fastai.all import FixMatch, FixMatchTransform, digits_path, split_labeled, weak_augment
 
@@ -168,6 +170,13 @@ def make_dls(digits):
         return dls if n_batches is None else dls.repeat_train(n_batches)
 
     return make
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    "Figures are made as ever, but a blank image is saved: drawing is half of the time that a run takes"
+    blank = Image.new('RGB', (8, 8))
+    monkeypatch.setattr(Figure, 'savefig', lambda self, file, **kwargs: blank.save(file, format='png'))
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def test_the_demo_is_quiet_in_a_log(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_demo_takes_a_folder_of_ones_own(tmp_path, digits, monkeypatch, capsys):
+def test_the_demo_takes_a_folder_of_ones_own(tmp_path, digits, monkeypatch, capsys, undrawn):
     monkeypatch.chdir(tmp_path)
     for o in digits:
         if parent_label(o) in '12':

@@ -66,7 +66,7 @@ class Interrupt(Callback):
 
 
 @pytest.mark.slow
-def test_an_experiment_is_stopped_finished_and_read(monkeypatch, capsys, few_digits):
+def test_an_experiment_is_stopped_finished_and_read(monkeypatch, capsys, few_digits, undrawn):
     Path('images').symlink_to(few_digits.parent)
     real = run_room.get_learner
     with monkeypatch.context() as m:

@@ -212,7 +212,7 @@ def test_result_and_summary():
     assert '1 seed, 40 test images\naveraged weights, last step: 40.00 %\nraw' in text
 
 
-def test_supervised_run():
+def test_supervised_run(undrawn):
     row = run(small(policy='supervised'))
     root = Path('experiments/digits_20_supervised/seed_0')
     assert 'mask_rate' not in row and row == json.loads((root / 'result.json').read_text())
@@ -251,7 +251,7 @@ def weights(folder):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on(monkeypatch, capsys):
+def test_an_interrupted_run_goes_on(monkeypatch, capsys, undrawn):
     "In its training, and while it writes: then all is trained, and what was not written is written"
     run(small(name='whole'))
     stop_next_run(monkeypatch, 5)  # in the third epoch
@@ -272,7 +272,7 @@ def test_an_interrupted_run_goes_on(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_what_was_stopped_before_its_first_evaluation_may_begin_anew(monkeypatch):
+def test_what_was_stopped_before_its_first_evaluation_may_begin_anew(monkeypatch, undrawn):
     stop_next_run(monkeypatch, 1)
     with pytest.raises(KeyboardInterrupt):
         run(small())
