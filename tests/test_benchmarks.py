@@ -96,6 +96,7 @@ def test_start_up_of_a_large_pool(capsys):
     assert first > 0 and each > 0 and taken < 30e6
 
 
+@pytest.mark.slow
 def test_what_is_measured_on_a_gpu_alone(small):
     "The same code on the CPU, with a small network and few steps"
     assert 0 < speed.views_of_448('cpu', 1) < 10
