@@ -264,12 +264,16 @@ def test_interrupt_within(make_mpl, pool, where):
     usable(learn, pool[0])
 
 
-CANCEL = [CancelBatchException, CancelTrainException, CancelStepException]
 OF_A_BATCH = ['before_batch', 'after_pred', 'after_loss', 'before_step', 'after_step', 'after_batch']
 
 
-@pytest.mark.parametrize('exc', CANCEL, ids=lambda o: o.__name__)
-@pytest.mark.parametrize('event', OF_A_BATCH)
+@pytest.mark.parametrize(
+    'event,exc',
+    [
+        *((o, exc) for o in OF_A_BATCH for exc in (CancelBatchException, CancelTrainException)),
+        *((o, CancelStepException) for o in ('after_loss', 'before_step', 'after_step')),
+    ],
+)
 def test_cancel_at_events_of_a_batch(make_mpl, pool, event, exc):
     learn = make_mpl()
     learn.recorder.train_metrics = True

@@ -35,7 +35,6 @@ from fastai.vision.all import (
     load_learner,
     noop,
     parent_label,
-    resnet18,
     vision_learner,
 )
 
@@ -490,7 +489,6 @@ def test_images_are_known_again(digits, images, tmp_path):
     assert labels == [dls.vocab[int(dls.train_ds[i][1])] for i in range(20)]
 
 
-@pytest.mark.slow
 def test_image_data_loaders_and_batch_transforms(pool, tmp_path):
     "Also with fastai's factory, random transforms and a short last batch"
     for o in pool[:60]:
@@ -499,7 +497,7 @@ def test_image_data_loaders_and_batch_transforms(pool, tmp_path):
         shutil.copy(o, to)
     tfms = dict(item_tfms=Resize(32), batch_tfms=aug_transforms(size=28))
     dls = ImageDataLoaders.from_folder(tmp_path / 'labeled', valid_pct=0.3, seed=0, bs=8, num_workers=0, **tfms)
-    make_learner = partial(vision_learner, arch=resnet18, pretrained=False, metrics=accuracy, path=tmp_path)
+    make_learner = partial(vision_learner, arch='test_resnet', pretrained=False, metrics=accuracy, path=tmp_path)
     table = pseudo_label(make_learner(dls), pool[60:], soft=True)
     student = make_learner(with_pseudo_labels(dls, table))
     quiet_fit(student, 1, 1e-3)
