@@ -313,6 +313,7 @@ def test_every_is_a_number_of_steps():
         MLflowCallback(every=0)
 
 
+@pytest.mark.slow
 def test_a_database_of_its_own(make_learner, tmp_path, capfd):
     "Without a server: in the learner's folder, and no word of how it is made"
     with warnings.catch_warnings(record=True) as found:
