@@ -6,7 +6,6 @@ import shutil
 import signal
 import tracemalloc  # noqa: F401  else pytest imports it to report an unclosed file, which can be within an import
 import warnings
-from collections import Counter
 
 warnings.filterwarnings('ignore', category=FutureWarning)  # before fastai is imported
 
@@ -53,16 +52,16 @@ def pytest_cmdline_main(config):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers, and xdist by groups
 def pytest_collection_modifyitems(items):
-    "`pytest -m quick` is the first two cases of each test that is not slow"
-    cases = Counter()
+    "`pytest -m quick` is the first case of each test that is not slow"
+    seen = set()
     for item in items:
         shared = [o for o in MADE_ONCE if o in item.fixturenames]
         if shared:
             item.add_marker(pytest.mark.xdist_group(shared[0]))
         test = item.path, item.originalname
-        cases[test] += 1
-        if cases[test] <= 2 and item.get_closest_marker('slow') is None:
+        if test not in seen and item.get_closest_marker('slow') is None:
             item.add_marker('quick')
+        seen.add(test)
 
 
 def tiny_net(n_out=10, norm=NormType.Batch, n_in=1):
