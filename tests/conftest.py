@@ -73,6 +73,21 @@ def no_bn(n_out=10):
     return tiny_net(n_out, norm=None)
 
 
+class Odd(nn.Module):
+    "Has a statistic that is not saved, one that each pass replaces, and modes of its own"
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.frozen = tiny_net(), nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(0.1))
+        self.register_buffer('unsaved', torch.zeros(1), persistent=False)
+        self.register_buffer('replaced', torch.zeros(1))
+
+    def forward(self, x):
+        self.unsaved += 1
+        self.replaced = self.replaced + 1
+        return self.net(self.frozen(x))
+
+
 class Seen(Callback):
     "Gradients of the first step, and how many images were in each pass"
 
