@@ -34,7 +34,8 @@ from .batch import unpack
 from .callback import FixMatch, own_loss
 from .checkpoint import generator_state, set_generator_state
 from .core import batch_size_of, endless, finished, item_at, len_of, processes, unwrap_dl
-from .data import UnlabeledViews, as_pil
+from .data import UnlabeledViews
+from .pipeline import as_pil
 from .policy import alone
 
 # %% ../nbs/09_check.ipynb #59f03625

@@ -324,7 +324,7 @@ def images(self:PseudoLabelInterpretation, rows)->list: # Tensors (channels, H, 
     idxs,ds = self.idxs[rows].tolist(),self.dl.dataset
     if isinstance(self.dl, UnlabeledDL):
         views = ds.following(self.learn.dls)
-        return [uint8_tensor(to_plain_mode(views.image(i))) for i in idxs]
+        return [views.tensor(i) for i in idxs]
     if min(idxs, default=0) < 0:
         raise ValueError("This loader shuffles and does not tell which image is which: give `from_learner` one with "
                          "`shuffle=False` to see pictures.")
