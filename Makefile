@@ -52,7 +52,7 @@ unit: $(READY) ## Run the tests in tests/
 	@echo '--- tests'
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-quick: $(READY) ## Run the tests that take least, as a first look; `make unit` runs all
+quick: $(READY) ## Run one case of each test that is not slow, in two minutes or so
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m quick
 
 test-compat: $(READY) ## Run the tests with the versions of Kaggle and Colab; one of them with ENV=kaggle, options of pytest in ARGS

@@ -2,10 +2,10 @@
 
 import gc
 import multiprocessing
+import shutil
 import signal
 import tracemalloc  # noqa: F401  else pytest imports it to report an unclosed file, which can be within an import
 import warnings
-from collections import Counter
 
 warnings.filterwarnings('ignore', category=FutureWarning)  # before fastai is imported
 
@@ -29,6 +29,8 @@ from fastai.vision.all import (
     parent_label,
     set_seed,
 )
+from matplotlib.figure import Figure
+from PIL import Image
 
 from fixmatch_fastai.all import FixMatch, FixMatchTransform, digits_path, split_labeled, weak_augment
 
@@ -38,15 +40,28 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny networks: more threads only wait for each other
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+MADE_ONCE = 'elsewhere', 'taught_run', 'tuned', 'run', 'in_two_processes', 'uri'  # fixtures that take long to make
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist settles on "load"
+def pytest_cmdline_main(config):
+    "Tests that share what takes long to make go to one process"
+    if getattr(config.option, 'numprocesses', None) and config.option.dist == 'no':
+        config.option.dist = 'loadgroup'
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers, and xdist by groups
 def pytest_collection_modifyitems(items):
-    "`pytest -m quick` is the first two cases of each test that is not slow"
-    cases = Counter()
+    "`pytest -m quick` is the first case of each test that is not slow"
+    seen = set()
     for item in items:
+        shared = [o for o in MADE_ONCE if o in item.fixturenames]
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(shared[0]))
         test = item.path, item.originalname
-        cases[test] += 1
-        if cases[test] <= 2 and item.get_closest_marker('slow') is None:
+        if test not in seen and item.get_closest_marker('slow') is None:
             item.add_marker('quick')
+        seen.add(test)
 
 
 def tiny_net(n_out=10, norm=NormType.Batch, n_in=1):
@@ -56,6 +71,21 @@ def tiny_net(n_out=10, norm=NormType.Batch, n_in=1):
 
 def no_bn(n_out=10):
     return tiny_net(n_out, norm=None)
+
+
+class Odd(nn.Module):
+    "Has a statistic that is not saved, one that each pass replaces, and modes of its own"
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.frozen = tiny_net(), nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(0.1))
+        self.register_buffer('unsaved', torch.zeros(1), persistent=False)
+        self.register_buffer('replaced', torch.zeros(1))
+
+    def forward(self, x):
+        self.unsaved += 1
+        self.replaced = self.replaced + 1
+        return self.net(self.frozen(x))
 
 
 class Seen(Callback):
@@ -123,6 +153,19 @@ def pool(digits):
 
 
 @pytest.fixture(scope='session')
+def few_digits(digits, tmp_path_factory):
+    "A folder as experiments take it: of each class 10 digits to train on, and 4 to test on"
+    folder = tmp_path_factory.mktemp('few') / 'digits'
+    train, rest = split_labeled(digits, parent_label, 100, seed=0)
+    test, _ = split_labeled(rest, parent_label, 40, seed=0)
+    for part, files in (('train', train), ('test', test)):
+        for o in files:
+            (folder / part / parent_label(o)).mkdir(parents=True, exist_ok=True)
+            shutil.copy(o, folder / part / parent_label(o))
+    return folder
+
+
+@pytest.fixture(scope='session')
 def make_dls(digits):
     "Few labelled digits and a few to validate on, fresh for each test"
     labeled, rest = split_labeled(digits, parent_label, 20, seed=0)
@@ -137,10 +180,17 @@ def make_dls(digits):
             item_tfms=item_tfms,
             batch_tfms=batch_tfms,
         )
-        dls = block.dataloaders(labeled + test, bs=bs, num_workers=num_workers)
+        dls = block.dataloaders(labeled + test, bs=bs, val_bs=len(test), num_workers=num_workers)
         return dls if n_batches is None else dls.repeat_train(n_batches)
 
     return make
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    "Figures are made as ever, but a blank image is saved: drawing is half of the time that a run takes"
+    blank = Image.new('RGB', (8, 8))
+    monkeypatch.setattr(Figure, 'savefig', lambda self, file, **kwargs: blank.save(file, format='png'))
 
 
 @pytest.fixture
@@ -175,11 +225,19 @@ def make_student(tmp_path):
     return lambda dls: Learner(dls, tiny_net(), metrics=accuracy, path=tmp_path)
 
 
-@pytest.fixture
-def teacher(make_dls, make_student):
+@pytest.fixture(scope='session')
+def teacher_weights(make_dls):
+    "Of a tiny network that knows some of the digits"
     set_seed(0)
-    learn = make_student(make_dls(n_batches=20))
+    learn = Learner(make_dls(n_batches=20), tiny_net())
     quiet_fit(learn, 2, 1e-2)
+    return learn.model.state_dict()
+
+
+@pytest.fixture
+def teacher(make_dls, make_student, teacher_weights):
+    learn = make_student(make_dls(n_batches=20))
+    learn.model.load_state_dict(teacher_weights)
     return learn
 
 

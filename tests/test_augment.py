@@ -46,7 +46,7 @@ def noise(size=(24, 20), mode='RGB'):
 @pytest.mark.parametrize('mode', ['L', 'RGB'])
 @pytest.mark.parametrize('name', RECIPES)
 def test_never_raises_never_equal(name, mode):
-    "3,000 strong views of each recipe, of noise, a digit-like figure on black, and a grey image with one odd pixel"
+    "1,200 strong views of each recipe, of noise, a digit-like figure on black, and a grey image with one odd pixel"
     seed(0)
     figure = Image.new(mode, (16, 16))
     figure.paste(255 if mode == 'L' else (255, 255, 255), (6, 2, 9, 14))
@@ -54,7 +54,7 @@ def test_never_raises_never_equal(name, mode):
     odd.putpixel((3, 3), 0 if mode == 'L' else (0, 0, 0))
     strong = strong_augment(name, weak_augment())
     for img in (noise(mode=mode), figure, odd):
-        for _ in range(1000):
+        for _ in range(400):
             out = strong(img)
             assert out.size == img.size and out.mode == mode
             assert not same_pixels(out, img)
@@ -115,7 +115,7 @@ def test_timm_recipe_is_timm(mode):
         noise((90, 73), mode),
         Image.new(mode, (8, 6), 7 if mode == 'L' else (7, 9, 100)),
     ):
-        for i in range(300):
+        for i in range(120):
             seed(i)
             expected = img
             for op in random.choices(theirs.ops, k=2):

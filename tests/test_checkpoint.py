@@ -1,6 +1,5 @@
 "A run that is cut off goes on as if it had not been; learners go elsewhere without images"
 
-import itertools
 import json
 import os
 import pickle
@@ -174,9 +173,10 @@ def state(learn):
 
 
 def assert_same(learn, whole):
-    a, b = state(learn), state(whole)
-    for part in b:
-        same(a[part], b[part], msg=partial('{}: {}'.format, part))
+    "A learner, and the state of one that was not cut off"
+    found = state(learn)
+    for part in whole:
+        same(found[part], whole[part], msg=partial('{}: {}'.format, part))
 
 
 def saved(path, name='a'):
@@ -215,6 +215,13 @@ POLICIES = dict(
     FeatureDensity=FeatureDensity,
     MCDropout=partial(MCDropout, n_passes=2),
 )
+EXPORTED = [  # and whether with an average of the weights
+    ('FixedThreshold', False),
+    ('FlexMatch', True),
+    ('FeatureDensity', False),
+    ('FeatureDensity', True),
+    ('MCDropout', False),
+]
 MOMENTS = dict(
     before=lambda learn: None,
     after_pred=partial(cut_off, partial(one_cycle, n_epoch=1), cbs=[], at=1, event='after_pred'),
@@ -245,7 +252,7 @@ def elsewhere(tmp_path_factory):
     image = folder / 'image.png'
     shutil.copy(get_image_files(data / 'digits').sorted()[700], image)
     here = {}
-    for policy, ema in itertools.product(POLICIES, (False, True)):
+    for policy, ema in EXPORTED:
         here.update(export(folder, policy, ema, data / 'digits', image))
     shutil.rmtree(data)
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg'}
@@ -303,7 +310,7 @@ def test_the_cell_is_run_again(tmp_path, event):
     random.seed(7)
     torch.rand(3)
     one_cycle(learn, 3, cbs=SaveFixMatch('a', resume=True))
-    assert_same(learn, whole)
+    assert_same(learn, state(whole))
     assert type(learn.loss_func) is type(whole.loss_func)
 
 
@@ -321,24 +328,34 @@ def taught(warmup=0.5, policy='FlexMatch', beside=False):
     return dict(policy=MEMORIES[policy](), fixmatch=dict(teacher=teacher, warmup=warmup), cbs=cbs)
 
 
-@pytest.mark.parametrize('again', [False, True], ids=['a new learner', 'the same learner'])
+@pytest.fixture(scope='module')
+def taught_run(tmp_path_factory):
+    "Makes a whole run with a teacher, once for each warm-up and policy; and what is drawn after it"
+
+    @cache
+    def make(warmup, policy):
+        learn = build(tmp_path_factory.mktemp('whole'), **taught(warmup, policy))
+        one_cycle(learn)
+        return state(learn), draw()
+
+    return make
+
+
 @pytest.mark.parametrize(
-    'warmup,policy,at',
+    'warmup,policy,at,again',
     [
         # within it, at its end, after it
-        *[(0.5, o, at) for o in MEMORIES for at in (N_STEPS + 1, 2 * N_STEPS + 1, 3 * N_STEPS + 1)],
+        *[(0.5, o, at, False) for o in MEMORIES for at in (N_STEPS + 1, 2 * N_STEPS + 1, 3 * N_STEPS + 1)],
+        *[(0.5, 'FlexMatch', at, True) for at in (N_STEPS + 1, 2 * N_STEPS + 1, 3 * N_STEPS + 1)],
+        (0.5, 'FeatureDensity', 3 * N_STEPS + 1, True),
         # the checkpoint is from within it, the interrupt fell on a step with unlabelled images
-        (0.4, 'FlexMatch', N_STEPS + 2),
-        (0.4, 'passes', N_STEPS + 2),
-        (0.0, 'FlexMatch', 2 * N_STEPS + 1),
-        (0.0, 'passes', 2 * N_STEPS + 1),
+        *[(0.4, o, N_STEPS + 2, again) for o, again in (('FlexMatch', False), ('passes', False), ('passes', True))],
+        *[(0.0, o, 2 * N_STEPS + 1, again) for o, again in (('FlexMatch', False), ('passes', False), ('passes', True))],
     ],
 )
-def test_teacher_and_warm_up(tmp_path, warmup, policy, at, again):
-    "Bit for bit, wherever the fit is cut off"
-    whole = build(tmp_path, **taught(warmup, policy))
-    one_cycle(whole)
-    drawn = draw()
+def test_teacher_and_warm_up(tmp_path, taught_run, warmup, policy, at, again):
+    "Bit for bit, wherever the fit is cut off; by a new learner, and by the same again"
+    whole, drawn = taught_run(warmup, policy)
     learn = build(tmp_path, **taught(warmup, policy))
     cut_off(one_cycle, learn, [SaveFixMatch('a')], at=at)
     if not again:
@@ -351,13 +368,11 @@ def test_teacher_and_warm_up(tmp_path, warmup, policy, at, again):
     assert len(learn.fix_match.history) == N_EPOCHS * N_STEPS and learn.model_ema.averaged
 
 
-def test_teacher_given_beside_fixmatch_is_the_same_run(tmp_path):
-    whole = build(tmp_path, **taught())
-    one_cycle(whole)
+def test_teacher_given_beside_fixmatch_is_the_same_run(tmp_path, taught_run):
     cut_off(one_cycle, build(tmp_path, **taught()), [SaveFixMatch('a')])
     learn = build(tmp_path, seed=5, **taught(beside=True))
     one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
-    assert_same(learn, whole)
+    assert_same(learn, taught_run(0.5, 'FlexMatch')[0])
 
 
 def test_second_fit_in_its_warm_up(tmp_path):
@@ -373,15 +388,15 @@ def test_second_fit_in_its_warm_up(tmp_path):
     cut_off(one_cycle, first(1), [SaveFixMatch('a')], at=N_STEPS + 1)
     learn = first(5)
     one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
-    assert_same(learn, whole)
+    assert_same(learn, state(whole))
 
 
 def test_finished_run_with_teacher(tmp_path):
     whole = build(tmp_path, **taught())
-    one_cycle(whole, cbs=SaveFixMatch('a'))
+    one_cycle(whole, 2, cbs=SaveFixMatch('a'))
     learn = build(tmp_path, seed=5, **taught())
-    one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
-    assert_same(learn, whole)
+    one_cycle(learn, 2, cbs=SaveFixMatch('a', resume=True))
+    assert_same(learn, state(whole))
     assert learn.fix_match.stream is None
     one_cycle(learn, 1)
 
@@ -414,7 +429,7 @@ def test_interrupted_twice_and_before_the_first_checkpoint(tmp_path):
         cut_off(fit, learn, [SaveFixMatch('a', resume=True)], at=at)
     learn = build(tmp_path, seed=5)
     fit(learn, cbs=SaveFixMatch('a', resume=True))
-    assert_same(learn, whole)
+    assert_same(learn, state(whole))
 
 
 def test_every_second_epoch_and_the_last(tmp_path, monkeypatch):
@@ -432,7 +447,7 @@ def test_finished_run_is_loaded_and_trains_nothing(tmp_path, capsys):
     capsys.readouterr()
     one_cycle(learn, 2, cbs=SaveFixMatch('a', resume=True))
     assert 'a.pth: 2 of 2 epochs are done, nothing is left to train.' in capsys.readouterr().out
-    assert_same(learn, whole)
+    assert_same(learn, state(whole))
     assert learn.final_record == whole.final_record
     assert (tmp_path / 'models/a.pth').read_bytes() == before
     assert learn.fix_match.stream is None
@@ -502,7 +517,7 @@ def test_trackers_remember(tmp_path):
     learn = build(tmp_path / 'b', seed=3, cbs=[Scripted(losses)])
     one_cycle(learn, 8, cbs=[SaveFixMatch('a', resume=True), *trackers()])
     assert len(learn.recorder.values) == len(whole.recorder.values) == 5  # the best is the second, then three in vain
-    assert_same(learn, whole)
+    assert_same(learn, state(whole))
     done = build(tmp_path / 'b', seed=4, cbs=[Scripted(losses)])
     one_cycle(done, 8, cbs=[SaveFixMatch('a', resume=True), *trackers()])
     assert len(done.recorder.values) == 5
@@ -549,7 +564,7 @@ def test_fine_tune(tmp_path, capsys, at):
     later = 'a.pth: of a later fit, whose weights are loaded; nothing is left to train in this one.'
     going_on = ['a.pth: 1 of 2 epochs are done, going on.'], [later, 'a.pth: 1 of 3 epochs are done, going on.']
     assert printed == going_on[at > 1]
-    assert_same(learn, whole)
+    assert_same(learn, state(whole))
 
 
 def test_only_fits_are_saved(tmp_path):
@@ -581,7 +596,7 @@ def test_a_callback_that_stays_goes_on_after_an_interrupt(tmp_path):
     learn.export()
     assert len(load_learner(tmp_path / 'export.pkl').validate(dl=learn.dls.valid)) == 2
     one_cycle(learn, 3)
-    assert_same(learn, whole)
+    assert_same(learn, state(whole))
     assert '_with_events' not in vars(learn)
 
 
@@ -1083,7 +1098,7 @@ def test_a_gradient_of_zeros_is_not_none(tmp_path):
     cut_at = saved(tmp_path)['model']['first']
     learn = build(tmp_path, net=FirstStep, seed=3)
     one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
-    assert_same(learn, whole)
+    assert_same(learn, state(whole))
     assert learn.model.never.grad is None and not torch.equal(learn.model.first, cut_at)
 
 
@@ -1140,9 +1155,8 @@ def test_the_callback_is_copied_and_pickled(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('ema', [False, True], ids=['', 'ModelEMA'])
 @pytest.mark.parametrize('moment', MOMENTS)
-@pytest.mark.parametrize('policy', POLICIES)
+@pytest.mark.parametrize('policy,ema', EXPORTED)
 def test_export(elsewhere, policy, moment, ema):
     "Small, without images, their names or folders; elsewhere it predicts the same, with ModelEMA as the average does"
     folder, data, _, here, there = elsewhere

@@ -13,7 +13,7 @@ from fixmatch_fastai.experiment import run as run_room
 from fixmatch_fastai.experiment.config import ExperimentConfig, flat_values, read_config, resolved
 
 pytest.importorskip('omegaconf', reason='omegaconf is not installed')
-SMALL = 'data=digits n_labels=20 network=small_cnn bs=4 mu=2 steps=6 eval_every=2 workers=0'.split()
+SMALL = 'data=images/digits n_labels=20 network=small_cnn bs=4 mu=2 steps=6 eval_every=2 workers=0'.split()
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,8 @@ class Interrupt(Callback):
 
 
 @pytest.mark.slow
-def test_an_experiment_is_stopped_finished_and_read(monkeypatch, capsys):
+def test_an_experiment_is_stopped_finished_and_read(monkeypatch, capsys, few_digits, undrawn):
+    Path('images').symlink_to(few_digits.parent)
     real = run_room.get_learner
     with monkeypatch.context() as m:
         m.setattr(run_room, 'get_learner', lambda *args: real(*args).add_cb(Interrupt()))
@@ -74,8 +75,8 @@ def test_an_experiment_is_stopped_finished_and_read(monkeypatch, capsys):
     assert 'the same command goes on from the last one' in capsys.readouterr().err
     assert main([*SMALL, 'seeds=2']) == 0
     text = capsys.readouterr().out
-    assert re.search(r'^seed 1: \d+\.\d\d % of 497 test images right \(raw weights \d+\.\d\d %\)$', text, re.M)
-    assert re.search(r'averaged weights, last step: \d+\.\d\d ± \d+\.\d\d %', text) and '2 seeds, 497 test' in text
+    assert re.search(r'^seed 1: \d+\.\d\d % of 40 test images right \(raw weights \d+\.\d\d %\)$', text, re.M)
+    assert re.search(r'averaged weights, last step: \d+\.\d\d ± \d+\.\d\d %', text) and '2 seeds, 40 test' in text
     folder = Path('experiments/digits_20_fixed')
     assert f'Written to {folder}: results.csv' in text and (folder / 'results.csv').exists()
     assert main([*SMALL, 'seeds=2']) == 0

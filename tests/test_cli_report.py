@@ -20,11 +20,19 @@ PICTURES = 'training.png pseudo_labels.png acceptance.png confusion.png'.split()
 WRITTEN = {'learner.pkl', 'weights.safetensors', 'report.html', *TABLES, *PICTURES}
 
 
+def all_is_written(folder):
+    assert {o.name for o in folder.iterdir() if o.is_file()} == WRITTEN
+    assert not list(folder.rglob('*.tmp'))
+
+
 @pytest.mark.slow
-def test_everything_is_written(run, tuned):
-    for folder in (run, tuned[0]):
-        assert {o.name for o in folder.iterdir() if o.is_file()} == WRITTEN
-        assert not list(folder.rglob('*.tmp'))
+def test_everything_is_written(run):
+    all_is_written(run)
+
+
+@pytest.mark.slow
+def test_everything_of_a_tuned_run_is_written(tuned):
+    all_is_written(tuned[0])
 
 
 @pytest.mark.slow

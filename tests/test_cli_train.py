@@ -156,7 +156,7 @@ def test_the_twin_of_a_tuned_run_is_the_recipe_on_labels_alone(tuned):
 
 
 @pytest.mark.slow
-def test_the_paper_for_a_pretrained_network(there, weights, tmp_path, capsys):
+def test_the_paper_for_a_pretrained_network(there, weights, tmp_path, capsys, undrawn):
     out = tmp_path / 'run'
     args = [*DATA, *KNOWN, '--weights', weights, '--recipe', 'paper', '--epochs', 1, '--no-check', '--out', out]
     assert exit_code(fixmatch_train, *args) == 0
@@ -169,7 +169,7 @@ def test_the_paper_for_a_pretrained_network(there, weights, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_pool_that_is_left_out_is_reported(weights, there, tmp_path, capsys):
+def test_a_pool_that_is_left_out_is_reported(weights, there, tmp_path, capsys, undrawn):
     "After steps as long as these the network contradicts the probe"
     args = [*DATA, *KNOWN[:-1], '3', '--weights', weights, '--epochs', 3, '--no-check', '--out', tmp_path]
     assert exit_code(fixmatch_train, *args) == 0
@@ -384,7 +384,9 @@ def interrupt(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('pretrained', [False, True])
-def test_ctrl_c_and_resume_end_where_the_whole_run_does(pretrained, there, weights, tmp_path, capsys, interrupt):
+def test_ctrl_c_and_resume_end_where_the_whole_run_does(
+    pretrained, there, weights, tmp_path, capsys, interrupt, undrawn
+):
     args = [*KNOWN, '--recipe', 'paper', '--weights', weights] if pretrained else SMALL
     args = [*DATA, *args, '--epochs', 2, '--ema', '--no-check', '--out']
     assert exit_code(fixmatch_train, *args, tmp_path / 'whole') == 0
@@ -400,18 +402,15 @@ def test_ctrl_c_and_resume_end_where_the_whole_run_does(pretrained, there, weigh
     assert pd.read_csv(tmp_path / 'cut' / 'history.csv').epoch.tolist() == list(range(2 + pretrained))
 
 
-STOPS = [(5, 'history.csv', 1), (8, 'history.csv', 2), (9 + 5, 'supervised_history.csv', 1)]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize('at,table,done', STOPS)
-def test_a_tuned_run_resumes(at, table, done, there, weights, tuned, tmp_path, capsys, interrupt):
-    "On labels alone, with the pool, and in its twin"
-    args = [*DATA, *KNOWN, '--weights', weights, '--epochs', 3, '--compare', '--out', tmp_path / 'cut']
-    interrupt(at)
-    assert exit_code(fixmatch_train, *args) == 130
+def test_a_tuned_run_resumes(there, weights, tuned, tmp_path, capsys, interrupt, undrawn):
+    "Stopped on labels alone, with the pool, and in its twin"
+    args = [*DATA, *KNOWN, '--weights', weights, '--epochs', 3, '--compare', '--no-check', '--out', tmp_path / 'cut']
+    for at, table, done in (5, 'history.csv', 1), (5, 'history.csv', 2), (3 + 5, 'supervised_history.csv', 1):
+        interrupt(at)  # counted anew, from the end of the last whole epoch
+        assert exit_code(fixmatch_train, *args, *(['--resume'] if Path(args[-1]).exists() else [])) == 130
+        assert len(pd.read_csv(tmp_path / 'cut' / table)) == done
     interrupt()
-    assert len(pd.read_csv(tmp_path / 'cut' / table)) == done
     assert exit_code(fixmatch_train, *args, '--resume') == 0
     same_runs(tuned[0], tmp_path / 'cut')
     same_histories(tuned[0], tmp_path / 'cut', 'supervised_history.csv')
@@ -419,7 +418,7 @@ def test_a_tuned_run_resumes(at, table, done, there, weights, tuned, tmp_path, c
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_first_epoch(there, tmp_path, capsys, interrupt):
+def test_ctrl_c_in_the_first_epoch(there, tmp_path, capsys, interrupt, undrawn):
     args = '--epochs', 1, '--no-check', '--out', tmp_path / 'cut'
     interrupt(2)
     assert train(*args) == 130
@@ -458,7 +457,7 @@ def test_another_tuned_run_is_not_resumed(other, text, tuned, there, weights, ca
 
 
 @pytest.mark.slow
-def test_a_run_of_a_version_without_recipes_is_resumed(there, tmp_path, capsys):
+def test_a_run_of_a_version_without_recipes_is_resumed(there, tmp_path, capsys, undrawn):
     args = ('--epochs', 1, '--no-check', '--out', tmp_path / 'old')
     assert train(*args) == 0
     file = tmp_path / 'old' / 'models' / 'options.json'
@@ -497,15 +496,18 @@ def test_a_whole_process_stops_at_ctrl_c(there, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_command_brings_all_it_needs(there, tmp_path):
+@pytest.mark.parametrize('name', ['train', 'predict'])
+def test_a_command_brings_all_it_needs(name, run, there, tmp_path):
     "In a process of its own: what tests have imported would hide what a command lacks"
-    run, table = tmp_path / 'run', tmp_path / 'predictions.csv'
-
-    def in_a_process(name, *args):
-        code = f'from fixmatch_fastai.cli.{name} import fixmatch_{name}; fixmatch_{name}()'
-        res = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=200)
-        assert res.returncode == 0, res.stderr
-
-    in_a_process('train', *DATA, *SMALL, '--epochs', 1, '--no-check', '--compare', '--out', run)
-    in_a_process('predict', '--learner', run / 'learner.pkl', 'unlabeled', '--workers', 0, '--out', table)
-    assert (run / 'report.html').exists() and len(table.read_text().splitlines()) > 1
+    args = {
+        'train': [*DATA, *SMALL, '--steps', 1, '--epochs', 1, '--no-check', '--out', tmp_path / 'run'],
+        'predict': ['--learner', run / 'learner.pkl', 'unlabeled', '--workers', 0, '--out', tmp_path / 'table.csv'],
+    }
+    code = f'from fixmatch_fastai.cli.{name} import fixmatch_{name}; fixmatch_{name}()'
+    command = [sys.executable, '-c', code, *map(str, args[name])]
+    res = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert res.returncode == 0, res.stderr
+    if name == 'train':
+        assert (tmp_path / 'run' / 'report.html').exists()
+    else:
+        assert len((tmp_path / 'table.csv').read_text().splitlines()) > 1

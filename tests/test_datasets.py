@@ -143,7 +143,7 @@ def test_images_of_torchvisions_sets(torchvision_files, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('data', EXPECTED)
-def test_torchvisions_sets_train(torchvision_files, data):
+def test_torchvisions_sets_train(torchvision_files, data, undrawn):
     n_labels, views = 100 if data == 'cifar100' else 20, ViewsConfig(device=data == 'svhn')
     short = dict(steps=2, eval_every=1, network='wrn_10_1')
     row = run(small(data=data, root=str(torchvision_files[0]), n_labels=n_labels, views=views, **short))

@@ -47,9 +47,11 @@ KNOWS = {
     'recipe': 'core policy callback show ema',
     'weights': 'core',
     'checkpoint': 'core record callback ema',
-    'check': 'core policy data batch callback ema checkpoint',
+    'duplicates': 'core data',
+    'rehearsal': 'core policy batch callback checkpoint',
+    'check': 'core data batch callback duplicates rehearsal',
     'interpret': 'core augment data policy uncertainty batch record callback show',
-    'self_training': 'core augment labeled data policy uncertainty batch record callback recipe check',
+    'self_training': 'core augment labeled data policy uncertainty batch record callback recipe rehearsal',
     'experiment': 'core console augment labeled data policy uncertainty callback ema recipe checkpoint check interpret',
     'cli': 'core console augment labeled data callback ema recipe check checkpoint weights interpret self_training '
     'experiment',

@@ -116,6 +116,7 @@ def test_hard_losses_are_refused_before_training(teacher, pool):
     NoisyStudent(teacher, hard, fit, pool, rounds=1, threshold=0, soft=False).fit()
 
 
+@pytest.mark.slow
 def test_self_distillation_learns_the_teachers_answers(teacher, make_student, pool):
     "With enough steps the student agrees with the teacher more than chance would"
     set_seed(0)

@@ -1,5 +1,6 @@
 "Tables of pseudo-labels: made, interrupted, written, read, and trained on"
 
+import gc
 import os
 import shutil
 import tracemalloc
@@ -34,7 +35,6 @@ from fastai.vision.all import (
     load_learner,
     noop,
     parent_label,
-    resnet18,
     vision_learner,
 )
 
@@ -172,8 +172,8 @@ def test_stale_parts_go_with_the_finished_table(teacher, pool, tmp_path):
 
 @pytest.mark.slow
 def test_many_soft_labels_are_in_memory_once(teacher, pool, monkeypatch, tmp_path):
-    "1,000 images and 1,000 classes are 4 MB; text of some rows comes on top"
-    n, c = 1000, 1000
+    "500 images and 1,000 classes are 2 MB; text of some rows comes on top"
+    n, c = 500, 1000
     probs = torch.full((c,), 1 / c)
 
     def predictions(learn, items, **kwargs):
@@ -186,6 +186,7 @@ def test_many_soft_labels_are_in_memory_once(teacher, pool, monkeypatch, tmp_pat
     monkeypatch.setattr(table_room, 'predictions', predictions)
     monkeypatch.setattr(table_room, 'teacher_classes', lambda *args: [str(i) for i in range(c)])
     for _ in range(2):  # the second call goes on
+        gc.collect()
         tracemalloc.start()
         try:
             with teacher.no_bar():
@@ -194,7 +195,7 @@ def test_many_soft_labels_are_in_memory_once(teacher, pool, monkeypatch, tmp_pat
             pass
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert 4e6 < peak < 10e6, f'{peak / 1e6:.1f} MB'
+        assert 2e6 < peak < 7.5e6, f'{peak / 1e6:.1f} MB'
     assert len(read_pseudo_labels(tmp_path / 't.csv')) == n
 
 
@@ -488,7 +489,6 @@ def test_images_are_known_again(digits, images, tmp_path):
     assert labels == [dls.vocab[int(dls.train_ds[i][1])] for i in range(20)]
 
 
-@pytest.mark.slow
 def test_image_data_loaders_and_batch_transforms(pool, tmp_path):
     "Also with fastai's factory, random transforms and a short last batch"
     for o in pool[:60]:
@@ -497,7 +497,7 @@ def test_image_data_loaders_and_batch_transforms(pool, tmp_path):
         shutil.copy(o, to)
     tfms = dict(item_tfms=Resize(32), batch_tfms=aug_transforms(size=28))
     dls = ImageDataLoaders.from_folder(tmp_path / 'labeled', valid_pct=0.3, seed=0, bs=8, num_workers=0, **tfms)
-    make_learner = partial(vision_learner, arch=resnet18, pretrained=False, metrics=accuracy, path=tmp_path)
+    make_learner = partial(vision_learner, arch='test_resnet', pretrained=False, metrics=accuracy, path=tmp_path)
     table = pseudo_label(make_learner(dls), pool[60:], soft=True)
     student = make_learner(with_pseudo_labels(dls, table))
     quiet_fit(student, 1, 1e-3)
@@ -505,13 +505,12 @@ def test_image_data_loaders_and_batch_transforms(pool, tmp_path):
     assert x.shape == (8, 3, 28, 28) and y.shape == (8, dls.c)
 
 
-LOSSES = [SoftCrossEntropyLoss, DistillationLoss, SoftFocalLoss, SoftBCELoss]
+LOSSES = SoftCrossEntropyLoss, DistillationLoss, SoftFocalLoss, SoftBCELoss
 
 
-@pytest.mark.parametrize('cls', LOSSES)
-@pytest.mark.parametrize('mix', [None, MixUp, CutMix])
-def test_soft_losses_in_a_learner(teacher, pool, cls, mix, tmp_path):
-    dls = with_pseudo_labels(teacher.dls, pseudo_label(teacher, pool, soft=True))
+@pytest.mark.parametrize('cls, mix', [*((o, None) for o in LOSSES), *zip(LOSSES, 2 * [MixUp, CutMix])])
+def test_soft_losses_in_a_learner(teacher, pool, make_dls, cls, mix, tmp_path):
+    dls = with_pseudo_labels(make_dls(), pseudo_label(teacher, pool, soft=True))
     metrics = [accuracy, F1Score(average='macro')]
     learn = Learner(dls, tiny_net(), loss_func=cls(), metrics=metrics, path=tmp_path, cbs=mix and mix())
     quiet_fit(learn, 1, 1e-2)

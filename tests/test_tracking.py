@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,7 +35,9 @@ def in_its_own_folder(tmp_path, monkeypatch):
 @pytest.fixture(scope='module')
 def uri(tmp_path_factory):
     "A database for all tests: each has its own experiment"
-    return f'sqlite:///{tmp_path_factory.mktemp("mlflow")}/mlflow.db'
+    uri = f'sqlite:///{tmp_path_factory.mktemp("mlflow")}/mlflow.db'
+    mlflow.MlflowClient(uri).search_experiments()  # makes its tables, which takes seconds
+    return uri
 
 
 @pytest.fixture
@@ -272,7 +275,7 @@ def test_a_server_that_does_not_answer(tracker, make_learner, monkeypatch):
 
     def create_run(self, *args, **kwargs):
         asked.append(os.environ['MLFLOW_HTTP_REQUEST_TIMEOUT'])
-        time.sleep(0.5)
+        time.sleep(0.1)
         raise TimeoutError
 
     monkeypatch.setattr(mlflow.MlflowClient, 'create_run', create_run)
@@ -310,6 +313,7 @@ def test_every_is_a_number_of_steps():
         MLflowCallback(every=0)
 
 
+@pytest.mark.slow
 def test_a_database_of_its_own(make_learner, tmp_path, capfd):
     "Without a server: in the learner's folder, and no word of how it is made"
     with warnings.catch_warnings(record=True) as found:
@@ -328,9 +332,10 @@ def test_a_database_of_its_own(make_learner, tmp_path, capfd):
 
 
 @pytest.fixture(scope='module')
-def server(tmp_path_factory):
+def server(uri, tmp_path_factory):
     "A real MLflow server on loopback"
     folder = tmp_path_factory.mktemp('mlflow_server')
+    shutil.copy(uri.removeprefix('sqlite:///'), folder / 'server.db')
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
@@ -339,13 +344,13 @@ def server(tmp_path_factory):
     with (folder / 'log').open('w') as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
-        for _ in range(400):
+        for _ in range(2000):
             assert process.poll() is None, (folder / 'log').read_text()
             try:
                 urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=1)
                 break
             except OSError:
-                time.sleep(0.5)
+                time.sleep(0.1)
         else:
             pytest.fail(f'the server does not answer: {(folder / "log").read_text()[-2000:]}')
         yield f'http://127.0.0.1:{port}'

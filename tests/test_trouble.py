@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from conftest import quiet_fit, tiny_net
-from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, TerminateOnNaNCallback
+from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, TerminateOnNaNCallback, accuracy
 
 from fixmatch_fastai.all import UDA, FixMatch, Policy, PseudoLabels, StopOnTrouble
 
@@ -39,9 +39,15 @@ class Spoil(Callback):
 
 
 @pytest.fixture
-def fit(make_dls, make_learner):
-    def fit(policy, epochs=2, n_batches=60, cbs=(), method='fit', **kwargs):
-        learn = make_learner(dls=make_dls(n_batches=n_batches), fixmatch=dict(policy=policy, threshold=0.95), **kwargs)
+def fit(tmp_path):
+    "Many short steps: their images are noise that is in memory"
+    labeled, views = (torch.randn(4, 1, 16, 16), torch.arange(4)), [(torch.randn(8, 1, 16, 16),) * 2]
+
+    def fit(policy, epochs=2, n_batches=60, cbs=(), method='fit'):
+        dls = DataLoaders([labeled] * n_batches, [labeled])
+        dls.vocab = '0123456789'
+        fm = FixMatch(views, policy=policy, threshold=0.95)
+        learn = Learner(dls, tiny_net(), CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path, cbs=fm)
         args, options = ([epochs], {'cbs': list(cbs)}) if method == 'fit' else ([], {'show_plot': False})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter('always')
@@ -114,7 +120,6 @@ def test_each_trouble_has_its_warning(fit):
     assert len(found) == 3 and list(learn.semi_recorder.trouble.values()) == found
 
 
-@pytest.mark.slow
 def test_warned_again_in_the_next_fit(fit):
     learn, _ = fit(Says([3]))
     with pytest.warns(UserWarning, match="has said '3'"):
@@ -156,6 +161,5 @@ def test_beside_fastais_own(fit):
     assert len(learn.fix_match.history) <= 7
 
 
-@pytest.mark.slow
 def test_a_real_policy_at_an_impossible_threshold(fit):
     assert len(fit(UDA(1.0))[1]) == 1

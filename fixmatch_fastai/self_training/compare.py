@@ -19,9 +19,9 @@ from fastprogress.fastprogress import progress_bar
 from scipy import stats
 
 from ..callback import FixMatch
-from ..check import loaders_as_they_were
 from ..core import replacing
 from ..recipe import probe
+from ..rehearsal import loaders_as_they_were
 from .table import right_predictions, weights_fingerprint
 
 # %% ../../nbs/self_training/04_compare.ipynb #5af25549

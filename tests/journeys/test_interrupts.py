@@ -90,10 +90,10 @@ def test_learner_is_usable_after_an_interrupt(make_learner, pool, event, exc, or
     ],
     ids=['step', 'backward', 'batch', 'train', 'valid', 'epoch', 'fit'],
 )
-def test_learner_is_usable_after_a_cancel(make_learner, exc, events, order):
+def test_learner_is_usable_after_a_cancel(make_dls, make_learner, exc, events, order):
     "Where fastai catches it; elsewhere it is an error as any"
-    for event in events:
-        learn = make_learner(metrics=[])
+    for event in [o for o in events if order == FIRST or o not in NOT_OURS]:
+        learn = make_learner(make_dls(n_batches=2), mu=1, metrics=[])
         learn.recorder.train_metrics = True
         quiet_fit(learn, 2, cbs=Raise(event, exc, order))
         assert not isinstance(learn.loss_func, OneCallLoss), event
@@ -101,7 +101,7 @@ def test_learner_is_usable_after_a_cancel(make_learner, exc, events, order):
         learn.validate()
         assert type(learn.loss_func) is CrossEntropyLossFlat, event
         quiet_fit(learn, 1)
-        assert len(learn.fix_match.history) == 3, event
+        assert len(learn.fix_match.history) == 2, event
 
 
 @pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_step'])
@@ -194,20 +194,27 @@ def test_workers_of_an_interrupted_fit_end_with_the_next(make_learner, exc):
 
 
 def slow_views(img):
-    threading.Event().wait(0.2)
+    threading.Event().wait(0.1)
     t = torch.zeros(1, 16, 16, dtype=torch.uint8)
     return t, t + 1
 
 
-@pytest.mark.slow
+class CtrlCSoon(Callback):
+    "A signal while FixMatch waits for its first views"
+
+    order = -20
+
+    def before_batch(self):
+        if self.training and self.iter == 0:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
 def test_ctrl_c_while_waiting_for_views(make_dls, make_learner, pool):
     "The traceback, which people's tools keep, holds on to the loader: its workers end all the same"
     dls = make_dls()
-    learn = make_learner(dls=dls, loader=dls.unlabeled_dl(pool, tfm=slow_views, num_workers=2))
-    timer = threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+    learn = make_learner(dls=dls, loader=dls.unlabeled_dl(pool, bs=8, tfm=slow_views, num_workers=2))
     with pytest.raises(KeyboardInterrupt) as kept:
-        quiet_fit(learn, 10)
+        quiet_fit(learn, 10, cbs=CtrlCSoon())
     assert kept.traceback and not multiprocessing.active_children()
 
 
