@@ -101,11 +101,11 @@ def _alike(way, labeled, view)->bool:
     return torch.allclose(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 def _culprit(item, item_tfms, batch_tfms, device):
-    "The transform without which both ways are alike, or `None`"
+    "The kind of transform without which both ways are alike, or `None`"
     for t in [*item_tfms,*batch_tfms]:
         if isinstance(t, ToTensor): continue
         try:
-            without = ([o for o in tfms if o is not t] for tfms in (item_tfms,batch_tfms))
+            without = ([o for o in tfms if type(o) is not type(t)] for tfms in (item_tfms,batch_tfms))
             if _alike(*both_ways(item, *without, device)): return t
         except Exception: continue # what comes behind may need it
 
@@ -130,7 +130,7 @@ def shared_way(item, item_tfms, batch_tfms, device)->ImageWay:
     # by chance, on the labelled side itself
     if not torch.equal(labeled, both_ways(item, item_tfms, batch_tfms, device)[1]): return way
     t = _culprit(item, item_tfms, batch_tfms, device)
-    name = 'The way in which `ToTensor` is done here' if t is None else type(t).__name__
+    name = 'A transform of these DataLoaders, or their own `ToTensor`,' if t is None else type(t).__name__
     instead = '' if t in batch_tfms else ', or on batches, as one of `batch_tfms`'
     raise ValueError(f"{name} makes something else of an unlabelled image than of a labelled one: do what it does on "
                      f"PIL images, as one of `item_tfms` before `ToTensor`{instead}.")
