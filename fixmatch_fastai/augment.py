@@ -316,9 +316,9 @@ class FixMatchTransform:
                             "put it before any transform that makes tensors.")
         if self.mean is None: img = to_view_mode(img)
         else: img = img.convert('L') if len(self.mean) == 1 else to_plain_mode(img).convert('RGB')
-        strong = self.strong(to_plain_mode(img))
+        weak,strong = self.weak(img),self.strong(to_plain_mode(img))
         if img.mode not in ('L','RGB'): strong = strong.convert(img.mode)
-        views = uint8_tensor(self.weak(img)),uint8_tensor(strong)
+        views = uint8_tensor(weak),uint8_tensor(strong)
         return views if self.mean is None else tuple(map(self.normalize, views))
 
     def normalize(self, x): return x.float().div_(255).sub_(self.mean[:,None,None]).div_(self.std[:,None,None])

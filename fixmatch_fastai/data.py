@@ -86,9 +86,9 @@ class UnlabeledViews:
 
     def _follow(self, dls):
         self.images = PoolImages(self.dataset, dls)
-        if self.in_batches and self.images.mode not in ('L','RGB'):
+        if self.in_batches and self.images.way.mode not in ('L','RGB'):
             raise ValueError(f"{type(self.tfm).__name__} draws on grey and RGB images, but the DataLoaders open them "
-                             f"as {self.images.mode}: use `FixMatchTransform`.")
+                             f"as {self.images.way.mode}: use `FixMatchTransform`.")
         if self.cache is not None and not any(o.images.resized_like(self.images) for o in self._caches):
             self._caches.clear() # its memory may be needed
             self._caches.append(CachedImages(self.images, self.cache == 'shared'))
