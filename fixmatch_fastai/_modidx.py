@@ -696,6 +696,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'fixmatch_fastai/data.py'),
                                       'fixmatch_fastai.data.UnlabeledViews.tensor': ( 'data.html#unlabeledviews.tensor',
                                                                                       'fixmatch_fastai/data.py'),
+                                      'fixmatch_fastai.data.UnlabeledViews.typed': ( 'data.html#unlabeledviews.typed',
+                                                                                     'fixmatch_fastai/data.py'),
                                       'fixmatch_fastai.data.UnlabeledViews.views': ( 'data.html#unlabeledviews.views',
                                                                                      'fixmatch_fastai/data.py'),
                                       'fixmatch_fastai.data._are_views': ('data.html#_are_views', 'fixmatch_fastai/data.py'),

@@ -145,7 +145,8 @@ def views(self:UnlabeledViews, img, i):
 @patch
 def as_labeled(self:UnlabeledViews, view):
     "A view as a labelled image is before it forms a batch; one of floats is finished"
-    return view if view.is_floating_point() else self.images.way.tensor(view)
+    way = self.images.way
+    return way.tensor(view) if way.tensor_tfms and not view.is_floating_point() else view
 
 @patch
 def plain(self:UnlabeledViews, img, i):
@@ -191,12 +192,21 @@ def batch(self:UnlabeledViews, idxs)->tuple: # `(batch, damaged)`
     return _collate(samples),damaged
 
 @patch
+def typed(self:UnlabeledViews, batch):
+    "A batch of views, which, unless finished, are of the class of tensor that `ToTensor` makes for the labelled side"
+    with_truth = isinstance(batch[0], (tuple,list))
+    pair,rest = (batch[0],batch[1:]) if with_truth else (batch[:2],batch[2:])
+    pair = tuple(o if o.is_floating_point() else self.images.way.tensor_cls(o) for o in pair)
+    return (pair,*rest) if with_truth else (*pair,*rest)
+
+@patch
 def finish(self:UnlabeledViews, batch, device):
     "A batch of the stream, with its views drawn on `device`, where they are made of whole batches"
-    if not self.in_batches: return batch
+    if not self.in_batches: return self.typed(batch)
     img,*y,idxs = batch
-    weak,strong = (torch.stack([*map(self.as_labeled, o)]) for o in self.tfm(to_device(img, device)))
-    return ((weak,strong),*y,idxs) if y else (weak,strong,idxs)
+    views = self.tfm(to_device(img, device))
+    if self.images.way.tensor_tfms: views = [torch.stack([*map(self.as_labeled, o)]) for o in views]
+    return self.typed((tuple(views),*y,idxs) if y else (*views,idxs))
 
 # %% ../nbs/01_data.ipynb #4482dbc0
 class StreamPosition(NamedTuple):
@@ -244,7 +254,7 @@ class UnlabeledDL(TfmdDL):
         "Is the true class of (some) images known, for reporting?"
         return self.dataset.label_func is not None
 
-    def do_batch(self, b): return _collate(b)
+    def do_batch(self, b): return self.dataset.typed(_collate(b))
 
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **{'mu': None if 'bs' in kwargs else self.mu, **kwargs})
