@@ -144,9 +144,10 @@ def check_target(
 def check_views(weak, x):
     "ValueError unless views are images as the labelled ones, `x`"
     if weak.shape[1:] == x.shape[1:]: return
+    advice = ("make it with `dls.unlabeled_dl(files)` of the learner's own `dls`, or have it resize to that size."
+              if weak.shape[1] == x.shape[1] else "open both alike, in colour (`PILImage`) or in grey (`PILImageBW`).")
     raise ValueError(f"A view is {tuple(weak.shape[1:])} (channels, height, width), "
-                     f"but a labelled image is {tuple(x.shape[1:])}: make the unlabelled loader "
-                     "from the learner's own `dls`, with `dls.unlabeled_dl(files)`, or resize its images to that size.")
+                     f"but a labelled image is {tuple(x.shape[1:])}: {advice}")
 
 def check_logits(
     pred,                 # What the model returned

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .batch import (Step, check_decision, check_labeled, check_loader, check_logits, check_losses,
                                    check_target, check_views, interleaved, kept_rows, tells_truth, unpack)
-from .core import batch_size_of, endless, evaluating, finished
+from .core import batch_size_of, endless, evaluating, finished, not_to_predict
 from .policy import FixedThreshold, Policy, PseudoLabels, SemiBatch, alone, masked
 from .record import SemiRecorder
 
@@ -195,7 +195,9 @@ class FixMatch(Callback):
         if self._pending is not None: self._take_apart() # before `after_pred`: metrics still want labelled rows
         self._put_back()
 
-    def before_validate(self): self._put_back()
+    def before_validate(self):
+        self._put_back()
+        if hasattr(self.dl, 'stream'): raise ValueError(not_to_predict)
 
     def after_epoch(self): self._put_back()
 

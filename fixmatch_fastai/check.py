@@ -226,6 +226,25 @@ def _check_files(s):
             "loader with `dls.unlabeled_dl(files)`, which puts others in their place."),
         (len(bad) > .1*pool.n, 'problem', advice), (True, 'note', advice))
 
+def _of_all(s, what):
+    "Names of the images of all loaders that are `what`, and how many were looked at"
+    seen = [o for o in (s.images.pool,s.images.train,s.images.valid) if o]
+    return [o.images.name(i) for o in seen for i in getattr(o, what)],sum(o.n for o in seen)
+
+def _check_upright(s):
+    names,n = _of_all(s, 'lying')
+    if not names: return
+    return (f'{len(names):,} of {n:,} images opened are not turned as their files say, such as {names[0]}',
+        (True, 'note', "Open images with `UprightImage`, as in `ImageBlock(UprightImage)` or `img_cls=UprightImage`."))
+
+def _check_blank(s):
+    names,n = _of_all(s, 'blank')
+    if not names: return
+    return (f'{len(names):,} of {n:,} images opened are blank, such as {names[0]}',
+        (len(names) > .1*n, 'problem', "Look at them: of more than 8 bits, `PILImage` leaves a blank, and "
+            "`UprightImage` does not."),
+        (True, 'note', "Look at them, and take out what shows nothing."))
+
 # %% ../nbs/09_check.ipynb #e918458b
 def _shared(images, how, what):
     idxs = images.overlap.pool[images.overlap.how == how]
@@ -420,7 +439,8 @@ def _check_time(s):
 # %% ../nbs/09_check.ipynb #5076596d
 checks = dict(
     labels={'labels': _check_labels}, epoch={'epoch': _check_epoch}, pool={'pool': _check_pool},
-    images={'files': _check_files, 'in validation': _check_in_validation, 'near validation': _check_near_validation,
+    images={'files': _check_files, 'upright': _check_upright, 'blank': _check_blank,
+            'in validation': _check_in_validation, 'near validation': _check_near_validation,
             'in labels': _check_in_labels},
     views={'strong views': _check_strong_views, 'weak views': _check_weak_views},
     batches={'channels': _check_channels, 'outputs': _check_outputs, 'step': _check_step, 'memory': _check_memory,

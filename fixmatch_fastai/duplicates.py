@@ -17,7 +17,9 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from .core import item_at
-from .data import UnlabeledViews, as_pil
+from .data import UnlabeledViews
+from .opening import is_blank, left_lying
+from .pipeline import as_pil
 
 # %% ../nbs/08b_duplicates.ipynb #5b9dd5b7
 def sample_idxs(n:int, most:int):
@@ -61,9 +63,11 @@ def perceptual_hash():
     return lambda img: np.where(imagehash.phash(img).hash.ravel(), 1, -1).astype(np.float32)
 
 class Hashes:
-    "Of at most `n` images, by number: `pixels`, `looks` if a `phash` is given, and `errors` of what can't be opened"
+    """Of at most `n` images, by number: `pixels`, `looks` if a `phash` is given, and `errors` of what can't be opened;
+    and the numbers of those that are `blank`, or that lie otherwise than their file says"""
     def __init__(self, images:DatasetImages, n:int, phash=None):
         self.images,self.pixels,self.looks,self.errors = images,{},{},{}
+        self.blank,self.lying = [],[]
         for i in sample_idxs(len(images), n):
             try: img = images.get(i).convert('RGB')
             except Exception as e: # what damaged files make PIL raise is of many kinds
@@ -71,6 +75,8 @@ class Hashes:
             else:
                 self.pixels[i] = img.size,hashlib.blake2b(img.tobytes(), digest_size=16).digest()
                 if phash: self.looks[i] = phash(img)
+                if is_blank(img): self.blank.append(i)
+                elif isinstance(file := images.item(i), (str,Path)) and left_lying(file, img): self.lying.append(i)
 
     @property
     def n(self): return len(self.pixels)+len(self.errors)

@@ -26,6 +26,7 @@ from .batch import unpack
 from .callback import FixMatch
 from .core import evaluating, finished, item_at
 from .data import UnlabeledDL
+from .opening import open_upright
 from .policy import SemiBatch
 from .record import SemiRecorder, fit_titles, legend_below, show_view
 from .show import from_border
@@ -324,7 +325,7 @@ def images(self:PseudoLabelInterpretation, rows)->list: # Tensors (channels, H, 
     idxs,ds = self.idxs[rows].tolist(),self.dl.dataset
     if isinstance(self.dl, UnlabeledDL):
         views = ds.following(self.learn.dls)
-        return [uint8_tensor(to_plain_mode(views.image(i))) for i in idxs]
+        return [views.tensor(i) for i in idxs]
     if min(idxs, default=0) < 0:
         raise ValueError("This loader shuffles and does not tell which image is which: give `from_learner` one with "
                          "`shuffle=False` to see pictures.")
@@ -468,7 +469,7 @@ def plot_to_label(
     if not all(isinstance(o, (str,Path)) for o in df['item']):
         raise TypeError("Only images that are files can be shown here.")
     thoughts = lambda row: f": {row['predicted']}\nor {row['second']}?" if 'second' in row else ''
-    imgs = [uint8_tensor(to_plain_mode(Image.open(o))) for o in df['item']]
+    imgs = [uint8_tensor(to_plain_mode(open_upright(o))) for o in df['item']]
     return _grid(imgs, [f'{i}{thoughts(row)}' for i,row in df.iterrows()], ncols)
 
 # %% ../nbs/10_interpret.ipynb #070b8016
@@ -486,7 +487,7 @@ class _Files(torch.utils.data.Dataset):
         o = self.items[i]
         try:
             if isinstance(o, np.ndarray): o = Image.fromarray(o)
-            elif not isinstance(o, Image.Image): o = Image.open(o)
+            elif not isinstance(o, Image.Image): o = open_upright(o)
             return self.tfm(to_plain_mode(o)),-1,i
         except Exception as e: return i,f'{type(e).__name__}: {e}'
 

@@ -14,10 +14,11 @@ from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IndexSplitter, IntToFloatTensor, Normalize, get_image_files, parent_label
 from fastai.torch_basics import L, Transform, groupby, patch
-from fastai.vision.core import PILBase, PILImage, PILImageBW
+from fastai.vision.core import PILBase, PILImageBW
 from PIL import Image
 
 from .augment import weak_augment
+from .opening import UprightImage
 
 # %% ../nbs/00a_labeled.ipynb #568cb7e3
 def digits_path(
@@ -137,16 +138,16 @@ class WeakTransform(Transform):
 
 # %% ../nbs/00a_labeled.ipynb #14ba6fbf
 def labeled_dls(
-    labeled, valid,         # Images, each in a folder that is called as its class
-    item_tfms,              # As `DataBlock` takes them
-    opener=PILImage.create, # Image to PIL image
+    labeled, valid,             # Images, each in a folder that is called as its class
+    item_tfms,                  # As `DataBlock` takes them
+    opener=UprightImage.create, # Image to PIL image
     stats=None,             # `(mean, std)` of the channels; default: normalised later, by `vision_learner`
     vocab=None,             # The classes, in order; default: those there are, sorted
     n_batches:int=None,     # Length of an epoch, in batches, see `repeat_train`; default: one pass over the labels
-    bs:int=16,              # Labelled images in a batch
-    val_bs:int=512,         # Images in a batch of validation
-    workers:int=0,          # Processes that open images to validate on; an eighth of them open labelled ones
-    device=None             # Default: fastai's
+    bs:int=16,                  # Labelled images in a batch
+    val_bs:int=512,             # Images in a batch of validation
+    workers:int=0,              # Processes that open images to validate on; an eighth of them open labelled ones
+    device=None                 # Default: fastai's
 )->DataLoaders:
     "Few labelled images to train on, and others to validate on"
     items = L(labeled)+L(valid)

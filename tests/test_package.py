@@ -36,8 +36,10 @@ KNOWS = {
     'augment': '',
     'policy': '',
     'ema': '',
-    'labeled': 'augment',
-    'data': 'core augment labeled',
+    'pipeline': 'core augment',
+    'opening': '',
+    'labeled': 'augment opening',
+    'data': 'core augment pipeline labeled',
     'uncertainty': 'policy',
     'batch': 'core policy',
     'record': 'core policy',
@@ -46,14 +48,15 @@ KNOWS = {
     'recipe': 'core policy callback show ema',
     'weights': 'core',
     'checkpoint': 'core record callback ema',
-    'duplicates': 'core data',
+    'duplicates': 'core data opening pipeline',
     'rehearsal': 'core policy batch callback checkpoint',
     'check': 'core data batch callback duplicates rehearsal',
-    'interpret': 'core augment data policy uncertainty batch record callback show',
-    'self_training': 'core augment labeled data policy uncertainty batch record callback recipe rehearsal',
-    'experiment': 'core console augment labeled data policy uncertainty callback ema recipe checkpoint check interpret',
-    'cli': 'core console augment labeled data callback ema recipe check checkpoint weights interpret self_training '
-    'experiment',
+    'interpret': 'core augment opening data policy uncertainty batch record callback show',
+    'self_training': 'core augment opening labeled data policy uncertainty batch record callback recipe rehearsal',
+    'experiment': 'core console augment opening labeled data policy uncertainty callback ema recipe checkpoint check '
+    'interpret',
+    'cli': 'core console augment opening labeled data callback ema recipe check checkpoint weights interpret '
+    'self_training experiment',
 }
 
 

@@ -11,12 +11,13 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from fastai.vision.all import Callback, L, Learner, PILImage, PILImageBW, Resize, accuracy, parent_label, set_seed
+from fastai.vision.all import Callback, L, Learner, Resize, accuracy, parent_label, set_seed
 from .. import data # noqa: F401  `dls.unlabeled_dl`
 from ..augment import FixMatchTransform, weak_augment
 from ..callback import FixMatch
 from ..console import CommandError, Progress
 from ..labeled import WeakTransform, labeled_dls, split_labeled
+from ..opening import UprightImage, UprightImageBW
 from ..experiment.datasets import check_readable
 from ..experiment.networks import small_cnn
 from ..experiment.output import save_csv, save_figure
@@ -56,7 +57,7 @@ def small_learner(
     size:int=None  # Resize to a square of this side; default: leave as they are
 )->Learner: # Without `FixMatch`
     "A network of two convolutions for grey or coloured images"
-    n_in,img_cls = (1,PILImageBW) if Image.open(labeled[0]).mode == 'L' else (3,PILImage)
+    n_in,img_cls = (1,UprightImageBW) if Image.open(labeled[0]).mode == 'L' else (3,UprightImage)
     resize = [] if size is None else [Resize(size)]
     dls = labeled_dls(labeled, test, [*resize,WeakTransform(weak)], img_cls.create, ([.3]*n_in,[.33]*n_in),
                       n_batches=n_batches, val_bs=256)

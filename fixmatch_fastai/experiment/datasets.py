@@ -24,6 +24,7 @@ from .. import data # noqa: F401  `dls.unlabeled_dl`
 from ..augment import FixMatchBatchTransform, FixMatchTransform, strong_augment, weak_augment
 from ..console import CommandError, unknown_name
 from ..labeled import WeakTransform, digits_path, labeled_dls, split_labeled
+from ..opening import UprightImage, UprightImageBW
 from .config import ExperimentConfig, named_datasets
 
 # %% ../../nbs/experiment/03_datasets.ipynb #502d484f
@@ -38,7 +39,7 @@ class ArrayImages(Transform):
 
     def encodes(self, o:Path|str|torch.Tensor|np.ndarray|bytes|Image.Image):
         split,_,number = ('','',*Path(o).parts)[-3:] if isinstance(o, (str,Path)) else ('','','')
-        if split not in self.arrays or not number.isdigit(): return PILImage.create(o)
+        if split not in self.arrays or not number.isdigit(): return UprightImage.create(o)
         return PILImage.create(np.ascontiguousarray(self.arrays[split][int(number)]))
 
     # the arrays go to workers, also where these are no forks; they stay out of an exported learner
@@ -193,7 +194,7 @@ def _from_folder(folder, size):
         raise CommandError(f"data {folder}: test/ has a class {min(unknown)!r} that train/ has not.")
     for files in (train,test): check_readable(files, size)
     with Image.open(train[0]) as img: grey = img.mode == 'L'
-    opener = PILImageBW.create if grey else PILImage.create
+    opener = (UprightImageBW if grey else UprightImage).create
     unlabeled = get_image_files(folder/'unlabeled').sorted() if (folder/'train').is_dir() else L()
     return Images(train, test, unlabeled, channel_stats(train, opener, size), opener, grey)
 

@@ -43,7 +43,7 @@ class _OpenedViews(torch.utils.data.Dataset):
             return i,f'{type(e).__name__}: {first_line(str(e).strip() or "no message")[:200]}'
     def _view(self, i, split_idx):
         x = compose_tfms(self.dl.dataset[i], self.dl.after_item.fs, split_idx=split_idx)
-        return (x[0] if isinstance(x, tuple) else x).as_subclass(torch.Tensor)
+        return x[0] if isinstance(x, tuple) else x
 
 def _outputs(learn, x, logits, beta=0.25):
     "Logits, or softmax, (n, C) of images (n, 1+views, channels, H, W)"

@@ -28,6 +28,7 @@ from PIL import Image
 from ..augment import to_plain_mode
 from ..core import first_line, unwrap_dl
 from ..data import UnlabeledViews
+from ..opening import UprightImage
 
 # %% ../../nbs/self_training/06_warm_start.ipynb #aa6bed68
 class _SquareImages:
@@ -47,7 +48,7 @@ class _SquareImages:
 
 def _file_dls(items, size):
     "`DataLoaders` that open files and resize them to squares of `size`, made without opening one, which may be damaged"
-    tl = TfmdLists(items, PILImage.create, do_setup=False)
+    tl = TfmdLists(items, UprightImage.create, do_setup=False)
     opts = dict(bs=1, after_item=[Resize(size), ToTensor()], num_workers=0, do_setup=False)
     return DataLoaders(*[TfmdDL(tl, **opts) for _ in range(2)], device=default_device())
 

@@ -1,0 +1,259 @@
+"An unlabelled image goes the way of a labelled one, or is refused"
+
+import numpy as np
+import pytest
+import torch
+from fastai.vision.all import (
+    CategoryBlock,
+    CropPad,
+    DataBlock,
+    DisplayedTransform,
+    Flip,
+    ImageBlock,
+    IntToFloatTensor,
+    ItemTransform,
+    Normalize,
+    PILImage,
+    PILImageBW,
+    Pipeline,
+    RandomResizedCropGPU,
+    Resize,
+    TensorImage,
+    TensorImageBW,
+    TfmdLists,
+    ToTensor,
+    Transform,
+    aug_transforms,
+    compose_tfms,
+    parent_label,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fixmatch_fastai.augment import FixMatchBatchTransform, FixMatchTransform
+from fixmatch_fastai.core import finished
+from fixmatch_fastai.pipeline import both_ways, shared_way
+
+
+def as_it_is(img):
+    return img
+
+
+PLAIN = FixMatchTransform(weak=as_it_is, strong=as_it_is)
+
+
+class Negative(Transform):
+    "Of single images, behind `ToTensor`"
+
+    order = 6
+
+    def encodes(self, x: TensorImage):
+        return 255 - x
+
+
+class GreyOnly(Transform):
+    "Of batches, and of one class of tensor"
+
+    order = 20
+
+    def encodes(self, x: TensorImageBW):
+        return x.flip(-1)
+
+
+class Turn(ItemTransform):
+    "Of the tuple"
+
+    def encodes(self, xs):
+        return type(xs[0])(xs[0].rotate(90)), *xs[1:]
+
+
+class Early(Transform):
+    "Of pictures"
+
+    order = -1
+
+    def encodes(self, x: PILImage):
+        return type(x)(x.transpose(Image.Transpose.FLIP_TOP_BOTTOM))
+
+
+class HSVImage(PILImage):
+    _open_args = {'mode': 'HSV'}
+
+
+class YCbCrImage(PILImage):
+    _open_args = {'mode': 'YCbCr'}
+
+
+class AlphaImage(PILImage):
+    _open_args = {'mode': 'RGBA'}
+
+
+class InkImage(PILImage):
+    _open_args = {'mode': 'CMYK'}
+
+
+class Deep(PILImage):
+    "Keeps 16 bits"
+
+    _open_args = {'mode': 'I;16'}
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "Six colourful pictures of two sizes, in two class folders"
+    folder, rng = tmp_path_factory.mktemp('photos'), np.random.default_rng(0)
+    for i in range(6):
+        (folder / 'ab'[i % 2]).mkdir(exist_ok=True)
+        pixels = np.kron(rng.integers(0, 256, (6, 4 + i % 2, 3), np.uint8), np.ones((4, 6, 1), np.uint8))
+        Image.fromarray(pixels).save(folder / 'ab'[i % 2] / f'{i}.png')
+    return sorted(folder.rglob('*.png'))
+
+
+def make_dls(photos, img_cls=PILImage, item_tfms=None, batch_tfms=None):
+    block = DataBlock((ImageBlock(img_cls), CategoryBlock), get_y=parent_label, item_tfms=item_tfms,
+                      batch_tfms=batch_tfms)  # fmt: skip
+    return block.dataloaders(photos, bs=2, num_workers=0)
+
+
+def difference(dls, photos, **kwargs):
+    "Largest difference of a labelled image and the view of it that the loader gives, and of its strong view"
+    dl = dls.unlabeled_dl(photos[:1], mu=1, bs=1, **{'tfm': PLAIN, **kwargs})
+    labeled = next(iter(dls.test_dl(photos[:1])))[0]
+    weak, strong, _ = next(dl.stream())
+    weak, strong = finished(weak, dls), finished(strong, dls)
+    assert weak.shape == labeled.shape
+    return (weak - labeled).abs().max().item(), (strong - labeled).abs().max().item()
+
+
+@pytest.mark.parametrize('cache', [False, True])
+@pytest.mark.parametrize('tfms', [
+    dict(item_tfms=[Resize(16), Negative()]),
+    dict(item_tfms=Resize(16), batch_tfms=GreyOnly(), img_cls=PILImageBW),
+    dict(item_tfms=[Resize(16), Turn()]),
+    dict(item_tfms=[Early(), Resize(16)], batch_tfms=Normalize.from_stats([0.5] * 3, [0.2] * 3, cuda=False)),
+    dict(img_cls=HSVImage),
+    dict(item_tfms=Negative(), img_cls=YCbCrImage),
+    dict(item_tfms=[Resize(16), Negative()], img_cls=YCbCrImage),
+])  # fmt: skip
+def test_a_view_that_changes_nothing_is_the_labeled_image(photos, tfms, cache):
+    weak, strong = difference(make_dls(photos, **tfms), photos, cache=cache)
+    assert weak == 0
+    # there and back through RGB
+    assert strong == 0 if tfms.get('img_cls') not in (HSVImage, YCbCrImage) else strong < 0.2
+
+
+@pytest.mark.parametrize('tfms', [
+    dict(item_tfms=[Resize(16), Negative()]),
+    dict(item_tfms=Resize(16), batch_tfms=GreyOnly(), img_cls=PILImageBW),
+])  # fmt: skip
+def test_views_made_of_batches_too(photos, tfms):
+    class Same:
+        takes_batches = True
+
+        def __call__(self, x):
+            return x, x
+
+    assert difference(make_dls(photos, **tfms), photos, tfm=Same()) == (0, 0)
+
+
+@pytest.mark.parametrize('img_cls, mode', [(AlphaImage, 'RGBA'), (InkImage, 'CMYK'), (Deep, 'I;16')])
+def test_modes_without_views(photos, img_cls, mode):
+    with pytest.raises(ValueError, match=f'8 bits with one channel or three, but the DataLoaders open them as {mode}'):
+        make_dls(photos, img_cls).unlabeled_dl(photos)
+
+
+def test_views_of_batches_are_of_grey_and_rgb(photos):
+    with pytest.raises(ValueError, match='FixMatchBatchTransform draws on grey and RGB images.*as HSV: use'):
+        make_dls(photos, HSVImage).unlabeled_dl(photos, tfm=FixMatchBatchTransform())
+
+
+class Floats(Transform):
+    order = 6
+
+    def encodes(self, x: TensorImage):
+        return x / 255
+
+
+class Centre(Transform):
+    "Changes the size, and not by a resize"
+
+    order = 20
+
+    def encodes(self, x: TensorImage):
+        return x[..., 1:-1, 1:-1]
+
+
+@pytest.mark.parametrize('tfms, message', [
+    (dict(item_tfms=[Resize(16), Floats()]), 'Floats makes floats of single images.*`batch_tfms`'),
+    (dict(item_tfms=Resize(16), batch_tfms=Centre()), 'Centre makes something else of an unlabelled image.*before'),
+])  # fmt: skip
+def test_what_can_not_be_the_same_is_named(photos, tfms, message):
+    with pytest.raises(ValueError, match=message):
+        make_dls(photos, **tfms).unlabeled_dl(photos)
+
+
+def test_other_dls_are_looked_at_when_they_are_followed(photos):
+    dl = make_dls(photos, item_tfms=Resize(16)).unlabeled_dl(photos, tfm=PLAIN)
+    with pytest.raises(ValueError, match='Floats makes floats'):
+        next(dl.stream(make_dls(photos, item_tfms=[Resize(16), Floats()])))
+
+
+@pytest.mark.parametrize('size, sees, batch_tfms', [
+    (24, 16, lambda: aug_transforms(size=16)),
+    (24, 16, lambda: RandomResizedCropGPU(16)),
+    (12, 20, lambda: aug_transforms(size=20)),
+])  # fmt: skip
+def test_presizing_is_let_pass(photos, size, sees, batch_tfms):
+    weak, _, _ = next(make_dls(photos, item_tfms=Resize(size), batch_tfms=batch_tfms()).unlabeled_dl(photos).stream())
+    assert weak.shape[-2:] == (sees, sees)
+
+
+class Shuffled(DisplayedTransform):
+    "By chance in validation too"
+
+    order = 20
+
+    def encodes(self, x: TensorImage):
+        return x + torch.rand(1)
+
+
+def test_chance_on_the_labeled_side_is_no_difference(photos):
+    make_dls(photos, item_tfms=Resize(16), batch_tfms=Shuffled()).unlabeled_dl(photos)
+
+
+IN_ITEMS = [Early, Turn, Negative, lambda: CropPad(12), lambda: Resize(20), lambda: Flip(p=1)]
+IN_BATCHES = [GreyOnly, lambda: Flip(p=1), lambda: Normalize.from_stats([0.4] * 3, [0.3] * 3, cuda=False), Centre]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from(IN_ITEMS), max_size=4),
+    st.lists(st.sampled_from(IN_BATCHES), max_size=3),
+    st.sampled_from([PILImage, HSVImage, YCbCrImage, AlphaImage]),
+    st.sampled_from([9, 16]),
+)
+def test_any_pipeline_is_the_same_on_both_sides_or_refused(photos, in_items, in_batches, img_cls, size):
+    opened = TfmdLists(photos, img_cls.create)
+    item_tfms = Pipeline([Resize(size), ToTensor(), *(o() for o in in_items)]).fs
+    batch_tfms = Pipeline([IntToFloatTensor(), *(o() for o in in_batches)]).fs
+    both = (opened[0],), list(item_tfms), list(batch_tfms), torch.device('cpu')
+    try:
+        shared_way(*both)
+    except ValueError as e:
+        assert 'makes something else' in str(e) or 'but the DataLoaders open them as RGBA' in str(e)
+    except (RuntimeError, TypeError) as e:  # fastai's own: of so small an image nothing is left, or of its channels
+        with pytest.raises(type(e)):
+            compose_tfms(compose_tfms(both[0], item_tfms, split_idx=1)[0][None], batch_tfms, split_idx=1)
+    else:
+        _, labeled, view = both_ways(*both)
+        torch.testing.assert_close(view, labeled)
+
+
+@pytest.mark.parametrize('predict', ['get_preds', 'validate', 'tta'])
+def test_an_unlabeled_loader_is_not_predicted_from(make_learner, predict):
+    learn = make_learner()
+    with learn.no_bar(), pytest.raises(ValueError, match=r'two views of each image.*use `learn.dls.test_dl\(items\)`'):
+        getattr(learn, predict)(dl=learn.fix_match.unlabeled_dl)
+    with learn.no_bar():
+        assert len(learn.validate()) == 2
