@@ -141,9 +141,9 @@ def labeled_dls(
     labeled, valid,             # Images, each in a folder that is called as its class
     item_tfms,                  # As `DataBlock` takes them
     opener=UprightImage.create, # Image to PIL image
-    stats=None,             # `(mean, std)` of the channels; default: normalised later, by `vision_learner`
-    vocab=None,             # The classes, in order; default: those there are, sorted
-    n_batches:int=None,     # Length of an epoch, in batches, see `repeat_train`; default: one pass over the labels
+    stats=None,                 # `(mean, std)` of the channels; default: normalised later, by `vision_learner`
+    vocab=None,                 # The classes, in order; default: those there are, sorted
+    n_batches:int=None,         # Length of an epoch, in batches, see `repeat_train`; default: one pass over the labels
     bs:int=16,                  # Labelled images in a batch
     val_bs:int=512,             # Images in a batch of validation
     workers:int=0,              # Processes that open images to validate on; an eighth of them open labelled ones
