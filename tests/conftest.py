@@ -52,14 +52,14 @@ def pytest_cmdline_main(config):
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers, and xdist by groups
 def pytest_collection_modifyitems(items):
-    "`pytest -m quick` is the first case of each test that is not slow"
+    "`pytest -m quick` is the first case of each test that is not slow, and shares nothing that takes long to make"
     seen = set()
     for item in items:
         shared = [o for o in MADE_ONCE if o in item.fixturenames]
         if shared:
             item.add_marker(pytest.mark.xdist_group(shared[0]))
         test = item.path, item.originalname
-        if test not in seen and item.get_closest_marker('slow') is None:
+        if test not in seen and not shared and item.get_closest_marker('slow') is None:
             item.add_marker('quick')
         seen.add(test)
 

@@ -17,6 +17,8 @@ import cifar10  # noqa: E402
 import policies  # noqa: E402
 import speed  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_policies_benchmark(tmp_path, monkeypatch, capsys):
     args = '--labels 10 --seeds 2 --steps 3 --mu 2 --workers 0 --only supervised'.split()
@@ -42,7 +44,6 @@ def test_the_policies_benchmark(tmp_path, monkeypatch, capsys):
     assert "there is no method ['MixMatch']" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_every_policy_trains_in_the_benchmark(tmp_path, digits):
     comparison = policies.FewLabels(digits[::6], 10, steps=2, mu=1, num_workers=0, n_test=100, flip=False)
     for method, policy in policies.policies(2).items():
@@ -79,7 +80,6 @@ def test_bare_loop_takes_the_same_steps(small, monkeypatch):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_the_speed_benchmark(small, tmp_path):
     speed.main(['--out', str(tmp_path), '--only', 'steps', 'mu', '--rounds', '1'])
     text = (tmp_path / 'results.md').read_text(encoding='utf-8')
@@ -98,7 +98,6 @@ def test_start_up_of_a_large_pool(capsys):
     assert first > 0 and each > 0 and taken < 30e6
 
 
-@pytest.mark.slow
 def test_what_is_measured_on_a_gpu_alone(small):
     "The same code on the CPU, with a small network and few steps"
     assert 0 < speed.views_of_448('cpu', 1) < 10
