@@ -7,7 +7,8 @@ LONG := ^(cifar10|first_run|multi_label|own_policy|photos|warm_start|when_it_doe
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint check links wheel notebooks nightly unit quick test-compat hooks release matrix bench bench-photos bench-policies bench-self-training outputs docs pages readme export format clean
+.PHONY: help demo test lint check links wheel notebooks nightly unit quick test-compat hooks release matrix bench \
+  bench-photos bench-policies bench-self-training outputs docs pages readme export format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -23,7 +24,7 @@ $(READY): settings.ini setup.py pyproject.toml
 demo: $(READY) ## Train on digits with and without unlabelled images; options in ARGS, as in ARGS="--seeds 5"
 	@$(BIN)/fixmatch_demo $(ARGS)
 
-test: lint check links wheel notebooks unit ## Everything below that checks, one after another; stops at the first failure
+test: lint check links wheel notebooks unit ## Everything below that checks, one after another, to the first failure
 
 lint: $(READY) ## Check the code with ruff
 	@echo '--- style'
@@ -55,26 +56,27 @@ unit: $(READY) ## Run the tests in tests/
 quick: $(READY) ## Run one case of each test that is not slow, in two minutes or so
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m quick
 
-test-compat: $(READY) ## Run the tests with the versions of Kaggle and Colab; one of them with ENV=kaggle, options of pytest in ARGS
+test-compat: $(READY) ## Run the tests with Kaggle's and Colab's versions; options ENV=kaggle, ARGS for pytest
 	@OMP_NUM_THREADS=1 $(BIN)/python tools/compat.py $(ENV) -- $(ARGS)
 
-matrix: $(READY) ## Train FixMatch beside everything in the compatibility matrix, in all environments, and write the page (5 minutes)
+matrix: $(READY) ## Train FixMatch beside everything in the compatibility matrix, and write its page (5 minutes)
 	@$(BIN)/python tools/matrix_page.py $(ARGS)
 
-bench: $(READY) ## Measure views, steps, memory and growth (15 minutes on one core); options in ARGS, as in ARGS="--device cuda"
+bench: $(READY) ## Measure views, steps, memory, growth (15 minutes on one core); ARGS="--device cuda"
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py $(ARGS)
 
-bench-photos: $(READY) ## Measure what a pool is worth to a pretrained network (a night on two cores); options in ARGS, as in ARGS="--images trashnet scenes --weights FILE"
+bench-photos: $(READY) ## Measure a pool's worth to a pretrained network (a night); ARGS="--images A B --weights FILE"
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/photos.py $(ARGS)
 
-bench-policies: $(READY) ## Measure every policy (an hour on two cores); options in ARGS, as in ARGS="--images cifar10/train --labels 250"
+bench-policies: $(READY) ## Measure every policy (an hour on two cores); ARGS="--images cifar10/train --labels 250"
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/policies.py $(ARGS)
 
-bench-self-training: $(READY) ## Measure self-training beside FixMatch (an hour on two cores); options in ARGS, as in ARGS="--only 'Noisy Student'"
+bench-self-training: $(READY) ## Measure self-training beside FixMatch (an hour); ARGS="--only 'Noisy Student'"
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/self_training.py $(ARGS)
 
 outputs: $(READY) ## Run all notebooks in Jupyter and save what they show
-	@OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace $$(find nbs -name '*.ipynb' -not -path '*/.*')
+	@OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+	  $$(find nbs -name '*.ipynb' -not -path '*/.*')
 	@$(BIN)/nbdev-clean
 
 docs: pages ## Write the pages in docs/ and README.md, and build the site in _site/

@@ -31,23 +31,30 @@ COLUMNS = [*KEY, 'accuracy', 'pseudo_acc', 'all_steps', 'cpu_seconds', 'n_test',
 
 ABOUT = """# Self-training, measured
 
-`make bench-self-training` prints this page; every run is a line of `benchmarks/self_training.csv`. The images are the digits that come with scikit-learn. All methods get the same labels, the same small network (two convolutions), Adam with one cycle up to a learning rate of 0.01, the same starting weights and as many steps for the network that is judged; teachers and warm starts come on top, as the column *steps in all* says. FixMatch's steps see 16 labelled and 112 unlabelled images (each twice), students' steps 64 images; the supervised steps 16. The pool holds the labelled images too.
+`make bench-self-training` prints this page; every run is a line of `benchmarks/self_training.csv`. The images are the
+digits that come with scikit-learn. All methods get the same labels, the same small network (two convolutions), Adam
+with one cycle up to a learning rate of 0.01, the same starting weights and as many steps for the network that is
+judged; teachers and warm starts come on top, as the column *steps in all* says. FixMatch's steps see 16 labelled and
+112 unlabelled images (each twice), students' steps 64 images; the supervised steps 16. The pool holds the labelled
+images too.
 
 | method | what it is |
 | --- | --- |
 | supervised | the labels alone |
-| pseudo-labels | the supervised network's answers with a confidence of 0.95 or more, as hard labels, beside the labels |
+| pseudo-labels | the supervised network's answers with a confidence of 0.95 or more, hard, beside the labels |
 | self-distillation | its soft answers on the labelled images, `self_distill` |
 | self-distillation, pool | the same on all images |
 | semi-weak | its 40 most confident images of each class, then the labels for the last tenth of the steps, `semi_weak` |
 | Noisy Student | two rounds on soft, balanced answers, with RandAugment, Cutout and dropout of 0.2, `NoisyStudent` |
-| Meta Pseudo Labels | a teacher that learns from the student, then the labels for the last tenth of the steps, `MetaPseudoLabels` |
+| Meta Pseudo Labels | a teacher that learns from the student, then labels for the last tenth, `MetaPseudoLabels` |
 | rotation, supervised | a body that has learned to tell turns of the pool's images, then the labels |
 | FixMatch | `FixMatch` |
 | rotation, FixMatch | that body, then `FixMatch` |
 
-The network and the learning rate are those of `make demo`, which were settled by looking at supervised training and FixMatch with 40 digits; the settings of the other methods are written in the table and were not tuned. Runs as short as these say how methods start, not how they end.
-"""  # noqa: E501
+The network and the learning rate are those of `make demo`, which were settled by looking at supervised training and
+FixMatch with 40 digits; the settings of the other methods are written in the table and were not tuned. Runs as short
+as these say how methods start, not how they end.
+"""
 
 
 class Methods:

@@ -1200,6 +1200,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fixmatch_fastai/pipeline.py'),
                                           'fixmatch_fastai.pipeline.check_mode': ( 'pipeline.html#check_mode',
                                                                                    'fixmatch_fastai/pipeline.py'),
+                                          'fixmatch_fastai.pipeline.coarse_difference': ( 'pipeline.html#coarse_difference',
+                                                                                          'fixmatch_fastai/pipeline.py'),
                                           'fixmatch_fastai.pipeline.first_readable': ( 'pipeline.html#first_readable',
                                                                                        'fixmatch_fastai/pipeline.py'),
                                           'fixmatch_fastai.pipeline.shared_way': ( 'pipeline.html#shared_way',

@@ -34,6 +34,6 @@ __all__ = [
     'FixedThreshold', 'FlexMatch', 'FreeMatch', 'FrozenBatchNorm', 'ModelEMA', 'MultiLabelThreshold', 'Policy',
     'PseudoLabelInterpretation', 'PseudoLabels', 'SaveFixMatch', 'SemiBatch', 'ShowPseudoLabels', 'SoftMatch',
     'StopOnTrouble', 'UDA', 'UnlabeledDL', 'UprightImage', 'WeakTransform', 'compare_supervised', 'digits_dls',
-    'digits_path', 'fixmatch_check', 'plot_to_label', 'probe', 'probe_head', 'pseudo_label', 'read_pseudo_labels', 'select_to_label',
-    'split_labeled', 'strong_augment', 'weak_augment', 'with_pseudo_labels',
+    'digits_path', 'fixmatch_check', 'plot_to_label', 'probe', 'probe_head', 'pseudo_label', 'read_pseudo_labels',
+    'select_to_label', 'split_labeled', 'strong_augment', 'weak_augment', 'with_pseudo_labels',
 ]

@@ -22,7 +22,7 @@ def to_8_bits(
     a = np.asarray(img).astype(np.float64)
     finite = a[np.isfinite(a)]
     low,high = (finite.min(),finite.max()) if len(finite) else (0,0)
-    if low >= 0 and high <= 255: low,high = 0,255
+    if img.mode != 'F' and low >= 0 and high <= 255: low,high = 0,255
     scaled = (np.nan_to_num(a, nan=low, posinf=high, neginf=low)-low)*(255/max(high-low, 1e-12))
     return Image.fromarray(scaled.round().astype(np.uint8))
 

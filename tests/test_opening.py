@@ -69,12 +69,9 @@ def test_every_note_is_obeyed(tmp_path, note, ending):
 def test_notes_that_say_nothing(tmp_path):
     plain = save(picture(0), tmp_path / 'plain.png')
     exif = Image.Exif()
-    for note in (0, 1, 9, 'x'):
+    for note in (0, 1, 9):
         exif[274] = note
-        try:
-            picture(0).save(tmp_path / 'odd.png', exif=exif)
-        except Exception:
-            continue  # Pillow does not write it
+        picture(0).save(tmp_path / 'odd.png', exif=exif)
         assert np.array_equal(UprightImage.create(tmp_path / 'odd.png'), UprightImage.create(plain))
         assert not left_lying(tmp_path / 'odd.png', PILImage.create(tmp_path / 'odd.png'))
 
@@ -85,14 +82,16 @@ def test_notes_that_say_nothing(tmp_path):
     ('tiff', np.uint16, 10, 4095),
     ('tiff', np.int32, -70000, 70000),
     ('tiff', np.float32, -1, 1),
+    ('tiff', np.float32, 0, 1),
     ('tiff', np.float32, 0, 1e-3),
+    ('tiff', np.float32, 0, 255),
+    ('tiff', np.int32, 0, 255),
 ])  # fmt: skip
 def test_more_than_8_bits(tmp_path, ending, dtype, low, high):
     ramp = np.linspace(low, high, 24 * 40).reshape(24, 40)
     Image.fromarray(ramp.astype(dtype)).save(tmp_path / f'deep.{ending}')
     img = np.asarray(UprightImageBW.create(tmp_path / f'deep.{ending}')).astype(float)
-    assert np.abs(img - np.linspace(0, 255, 24 * 40).reshape(24, 40)).max() < (2 if high > 1e-3 else 256)
-    assert img.max() == 255 or high <= 255 and low >= 0
+    assert np.abs(img - np.linspace(0, 255, 24 * 40).reshape(24, 40)).max() < 2
     colour = np.asarray(UprightImage.create(tmp_path / f'deep.{ending}'))
     assert colour.shape == (24, 40, 3) and np.array_equal(colour[..., 0], img)
 

@@ -215,16 +215,14 @@ class Bench:
         finite=slice(-1),  # Which values of a line must be finite; `pseudo_acc` is NaN where nothing counted
         **how,  # To `learner`
     ):
-        """A learner after `fit`, if all is as it should be, and if the unlabelled loss moved the weights
-
-        With a teacher that is taken for granted: each row is run without one too."""
+        "A learner after `fit`, if all is as it should be, and if the unlabelled loss moved the weights"
         without, learn = (self.learner(**{'lambda_u': lambda_u, **how}) for lambda_u in (0.0, how.pop('lambda_u', 1.0)))
         loss_func = learn.loss_func
-        for o in [learn] if self.teacher else [without, learn]:
+        for o in (without, learn):
             set_seed(1)
             with quiet(o):
                 fit(o)
-        changed = self.teacher or change(weights(learn), weights(without))
+        changed = change(weights(learn), weights(without))
         assert changed, 'FixMatch changed nothing: the weights are those of the same training with lambda_u=0'
         self.sound(learn, steps, epochs, names, finite)
         assert learn.loss_func is loss_func, 'the loss function is not the one it was'
