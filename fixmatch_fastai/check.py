@@ -118,18 +118,14 @@ def _check_names(s):
     return '; '.join(found),(True, 'problem', "Put the images of one class into one folder, and take out what shows "
                                               "no class.")
 
-def _check_fault(s, fault, what, advice):
-    paths = s.faults.get(fault, ())
-    if paths: return f'{len(paths):,} {what}, such as {_listed(paths, 3)}',(True, 'note', advice)
+def _check_fault(s, fault, advice):
+    if s.faults.get(fault): return _listed(s.faults[fault]),(True, 'note', advice)
 
 _folder_checks = {
-    'empty folders': ('empty', 'folders hold no image', "They are no classes: put images into them, or remove them."),
-    'system folders': ('system', 'folders were made by a system or an archive', "Remove them: they hold nothing that "
-                       "shows a class."),
-    'images beside': ('beside', 'images lie beside the folders of the classes', "They are not used: put them into the "
-                      "folder of their class."),
-    'images below': ('below', 'images lie in a folder inside the folder of a class', "Their class is not the outer "
-                     "folder: move them up into it.")}
+    'empty folders': ('empty', "They are no classes: put images into them, or remove them."),
+    'system folders': ('system', "A system or an archive made them: remove them, as they show no class."),
+    'images beside': ('beside', "They have no class: put them into the folder of theirs."),
+    'images below': ('below', "They are not of the outer folder's class: move them up into it.")}
 
 # %% ../nbs/09_check.ipynb #5f9e898e
 def _unreadable(o): # Hashes
@@ -208,7 +204,7 @@ def _check_validation_copies(s):
     if s.images.labelled is None or s.images.validation is None: return
     same,near = (s.images.copies('validation', 'labelled', how) for how in ('same','near'))
     such = f', such as {s.images.validation.images.name((same+near)[0][0])}' if same or near else ''
-    return (f'{len(same):,} validation images are labelled ones too, {len(near):,} nearly{such}; looked at '
+    return (f'validation images that are labelled ones too: {len(same):,}, and {len(near):,} nearly{such}; looked at '
             f'{s.images.labelled} labelled and {s.images.validation} validation images',
         (same or len(near) > .05*s.images.validation.n, 'problem', "The model is trained on what validates it, so "
             f"validation will say too much: take them out of one of the two; {s.words.duplicates}."),
@@ -227,20 +223,20 @@ def _twice_labelled(s):
 def _check_two_classes(s):
     found = [(a,b) for a,b,one_class in _twice_labelled(s) if not one_class]
     if not found: return
-    return (f'{len(found):,} images are in two classes, such as {" and ".join(found[0])}',
+    return (_listed(map(' is '.join, found), 3),
         (True, 'problem', f"One of the labels is wrong: remove one of each pair; {s.words.duplicates}."))
 
 def _check_labelled_twice(s):
     found = [(a,b) for a,b,one_class in _twice_labelled(s) if one_class]
     if not found: return
-    return (f'{len(found):,} labelled images are there twice, such as {" and ".join(found[0])}',
+    return (_listed(map(' is '.join, found), 3),
         (True, 'note', f"They count twice: remove one of each pair; {s.words.duplicates}."))
 
 def _check_pool_twice(s):
     if s.images.pool is None: return
     n,near = (len(s.images.copies('pool', 'pool', how)) for how in ('same','near'))
     if not n and near <= .05*s.images.pool.n: return
-    return (f'{n:,} unlabelled images are copies of others, {near:,} nearly; looked at {s.images.pool}',
+    return (f'unlabelled images that are copies of others: {n:,}, and {near:,} nearly; looked at {s.images.pool}',
         (True, 'note', f"Copies are no new images, and take the time of new ones: keep one of each; "
             f"{s.words.duplicates}."))
 
@@ -376,14 +372,12 @@ checks = dict(
             'recipe': _check_recipe},
     epoch={'epoch': _check_epoch}, pool={'pool': _check_pool},
     folders={'class names': _check_names,
-             **{name: partial(_check_fault, fault=fault, what=what, advice=advice)
-                for name,(fault,what,advice) in _folder_checks.items()}},
+             **{k: partial(_check_fault, fault=fault, advice=advice) for k,(fault,advice) in _folder_checks.items()}},
     images={'files': _check_files, 'labelled files': _check_labelled_files, 'upright': _check_upright,
             'blank': _check_blank, 'in validation': _check_in_validation, 'near validation': _check_near_validation,
             'in labels': _check_in_labels, 'copies': _check_validation_copies, 'two classes': _check_two_classes,
-            'labelled twice': _check_labelled_twice, 'pool twice': _check_pool_twice, 'kinds': _check_kinds,
-            'originals': _check_originals},
-    views={'strong views': _check_strong_views, 'weak views': _check_weak_views},
+            'labelled twice': _check_labelled_twice, 'pool twice': _check_pool_twice, 'kinds': _check_kinds},
+    views={'strong views': _check_strong_views, 'weak views': _check_weak_views, 'originals': _check_originals},
     batches={'channels': _check_channels, 'outputs': _check_outputs, 'step': _check_step, 'memory': _check_memory,
              'speed': _check_speed, 'time': _check_time})
 

@@ -12,7 +12,7 @@ from scipy.stats import mannwhitneyu
 
 # %% ../nbs/08e_kinds.ipynb #9d3e9b12
 kinds = dict(brightness=('lighter','darker'), contrast=('of more contrast','of less contrast'),
-             colour=('more colourful','greyer'), flatness=('flatter, as drawings and screenshots are','less flat'),
+             colour=('more colourful','greyer'), flatness=('flatter (as drawings and screenshots are)','less flat'),
              width=('wider','taller'))
 
 def kind_of(

@@ -39,8 +39,10 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as tv
 
 from fixmatch_fastai import check as room
+from fixmatch_fastai import inspection
 from fixmatch_fastai.all import FixMatch, FixMatchTransform, FlexMatch, ModelEMA, weak_augment
-from fixmatch_fastai.check import Finding, Limits, Preflight, fixmatch_check, quick_check
+from fixmatch_fastai.check import fixmatch_check, quick_check
+from fixmatch_fastai.findings import Finding, Preflight
 
 
 @pytest.fixture(scope='session')
@@ -56,7 +58,7 @@ def little(monkeypatch, request):
     "Less to look at, unless the test is about that"
     if 'whole' in request.fixturenames:
         return
-    monkeypatch.setattr(room, 'limits', Limits(images=8, views=3, batches=32, seconds=0.2))
+    monkeypatch.setattr(inspection, 'limits', inspection.Limits(images=8, views=3, batches=32, seconds=0.2))
 
 
 @pytest.fixture
@@ -117,10 +119,11 @@ def test_all_is_well(whole, fine, capsys):
     pytest.importorskip('imagehash')
     report = fixmatch_check(fine(), n_epoch=3)
     assert [o.name for o in report.findings] == [
-        *('labels', 'epoch', 'pool', 'files', 'in validation', 'near validation', 'in labels'),
+        *('labels', 'validation', 'epoch', 'pool'),
+        *('files', 'in validation', 'near validation', 'in labels', 'copies'),
         *('strong views', 'weak views', 'channels', 'outputs', 'step', 'memory', 'speed', 'time'),
     ]
-    assert [o.name for o in report.findings if o.level != 'ok' and o.name != 'speed'] == []
+    assert [o.name for o in report.findings if o.level != 'ok' and o.name != 'speed'] == ['validation']  # 20 images
     assert report['labels'].found == '20 labelled images, 2 of each of 10 classes'
     assert report['epoch'].found == '20 steps of 4 labelled images'
     assert report['outputs'].found == '10 for 10 classes'

@@ -6,13 +6,14 @@
 __all__ = ['split_valid', 'find_pool', 'flat', 'Images', 'find_images']
 
 # %% ../../nbs/cli/01_folders.ipynb #ed9a8bc1
-import random,warnings
+import filecmp,random,warnings
 from dataclasses import dataclass
 
-from fastai.data.transforms import get_image_files
-from fastai.torch_basics import L
+from fastai.torch_basics import L, groupby
 from .options import Options
 from ..console import CommandError
+from ..class_folders import image_files
+from ..duplicates import file_size
 from ..experiment.datasets import check_readable, class_files
 
 # %% ../../nbs/cli/01_folders.ipynb #8d8049d1
@@ -25,8 +26,6 @@ def _valid_images(folder, classes):
     if unknown := [o for o in found if o not in classes]:
         raise CommandError(f"--valid {folder} has a class {unknown[0]!r} that --labeled has not: "
                            f"its classes must be among {', '.join(map(repr, classes))}.")
-    missing = ', '.join(repr(o) for o in classes if o not in found)
-    if missing: warnings.warn(f"--valid has no images of {missing}, so nothing is said of them.", stacklevel=2)
     return found
 
 # %% ../../nbs/cli/01_folders.ipynb #9e4b585e
@@ -49,14 +48,23 @@ def split_valid(
     return train,valid
 
 # %% ../../nbs/cli/01_folders.ipynb #9cdbd7fd
+def _copies(files, others):
+    "Those of `files` that hold the same as one of `others`, byte for byte"
+    by_size = groupby(others, file_size)
+    return [o for o in files if any(filecmp.cmp(o, other, shallow=False) for other in by_size.get(file_size(o), ()))]
+
 def find_pool(folders, without):
-    "All images in `folders`, but for those of `without`"
-    pool = {o for folder in folders for o in get_image_files(folder)}
+    "All images in `folders`, but for those of `without` and their copies"
+    pool = {o for folder in folders for o in image_files(folder)}
     if not pool: raise CommandError(f"--unlabeled {folders[0]} holds no images.")
-    names,without = {o.name for o in without},{o.resolve() for o in without}
-    kept = [o for o in sorted(pool) if o.name not in names or o.resolve() not in without]
+    names,paths = {o.name for o in without},{o.resolve() for o in without}
+    kept = L(o for o in sorted(pool) if o.name not in names or o.resolve() not in paths)
+    if copies := _copies(kept, without):
+        warnings.warn(f"{len(copies):,} images of --unlabeled are copies of validation images, such as {copies[0]}: "
+                      "they are left out of the pool.", stacklevel=2)
+    kept = kept.filter({*copies}.__contains__, negate=True)
     if not kept: raise CommandError("All images of --unlabeled are validation images: give others.")
-    return L(kept)
+    return kept
 
 # %% ../../nbs/cli/01_folders.ipynb #8163b7f8
 def flat(images:dict): return L(o for v in images.values() for o in v)
@@ -72,7 +80,8 @@ class Images:
     def classes(self): return list(self.train)
 
 def find_images(
-    options:Options
+    options:Options,
+    readable:bool=True # Must all labelled images open?
 )->Images: # Or a `CommandError`
     "The images that are named by `--labeled`, `--valid` and `--unlabeled`"
     train = _images_by_class(options.labeled, '--labeled')
@@ -83,5 +92,5 @@ def find_images(
     else: valid = _valid_images(options.valid, list(train))
     both = {o.resolve() for o in flat(train)} & {o.resolve() for o in flat(valid)}
     if both: raise CommandError(f"--valid and --labeled share images, such as {min(both).name}: validate on others.")
-    check_readable(flat(train)+flat(valid), options.size)
+    if readable: check_readable(flat(train)+flat(valid), options.size)
     return Images(train, valid, find_pool(options.unlabeled, flat(valid)))

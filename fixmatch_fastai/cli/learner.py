@@ -93,4 +93,6 @@ def make_learner(
     learn = _vision_learner(options, dls, path=path, cbs=cbs)
     if not semi: return learn
     policy = policy_named(options.policy, options.threshold)
-    return learn.add_cb(FixMatch(pool, policy=policy, forward=options.forward))
+    fm = FixMatch(pool, policy=policy, forward=options.forward)
+    fm.preflight = None # a command looks before, and advises in its own words
+    return learn.add_cb(fm)

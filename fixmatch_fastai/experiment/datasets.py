@@ -21,6 +21,7 @@ from fastai.vision.core import PILImage, PILImageBW
 from PIL import Image
 
 from .. import data # noqa: F401  `dls.unlabeled_dl`
+from ..class_folders import image_files, system_folders
 from ..augment import FixMatchBatchTransform, FixMatchTransform, strong_augment, weak_augment
 from ..console import CommandError, unknown_name
 from ..labeled import WeakTransform, digits_path, labeled_dls, split_labeled
@@ -128,7 +129,8 @@ def class_files(
         raise CommandError(f"{folder} is not a folder: give one that holds a folder of images for each class.")
     found = {}
     for o in sorted(o for o in folder.iterdir() if o.is_dir() and not o.name.startswith('.')):
-        for file in get_image_files(o, recurse=recurse).sorted(): found.setdefault(file.parent.name, []).append(file)
+        if o.name in system_folders: continue
+        for file in image_files(o, recurse=recurse): found.setdefault(file.parent.name, []).append(file)
     if found: return {k: L(v) for k,v in found.items()}
     raise CommandError(f"{folder} holds no folder with images: put the images of each class in a folder of their own, "
                        f"as in {folder/'cat'/'1.jpg'}.")
@@ -139,15 +141,22 @@ def check_readable(
     size:int,     # Side to which they will be resized, in pixels, or `None`
     most:int=1000 # Of more, as many are drawn
 ):
-    "A `CommandError` where one can't be opened"
+    "A `CommandError` that names those which can't be opened"
+    damaged = {}
     for o in files if len(files) <= most else random.Random(0).sample(files, most):
         try:
             with Image.open(o) as img:
                 if size: img.draft('RGB', (size,size)) # JPEG is decoded no larger than that
                 img.load()
-        except Exception as e: # what damaged files make PIL raise is of many kinds
-            raise CommandError(f"The labelled image {o} can't be opened ({type(e).__name__}): mend it, "
-                               "or take it out of its folder.") from e
+        except Exception as e: damaged[o] = type(e).__name__ # what damaged files make PIL raise is of many kinds
+    if not damaged: return
+    (first,error),*others = damaged.items()
+    if not others:
+        raise CommandError(f"The labelled image {first} can't be opened ({error}): mend it, or take it out of its "
+                           "folder.")
+    listed = ''.join(f'\n  {o} ({error})' for o,error in damaged.items())
+    raise CommandError(f"{len(damaged):,} labelled images can't be opened: mend them, or take them out of their "
+                       f"folders.{listed}")
 
 # %% ../../nbs/experiment/03_datasets.ipynb #3fafa18d
 def channel_stats(
@@ -195,7 +204,7 @@ def _from_folder(folder, size):
     for files in (train,test): check_readable(files, size)
     with Image.open(train[0]) as img: grey = img.mode == 'L'
     opener = (UprightImageBW if grey else UprightImage).create
-    unlabeled = get_image_files(folder/'unlabeled').sorted() if (folder/'train').is_dir() else L()
+    unlabeled = image_files(folder/'unlabeled') if (folder/'train').is_dir() else L()
     return Images(train, test, unlabeled, channel_stats(train, opener, size), opener, grey)
 
 # %% ../../nbs/experiment/03_datasets.ipynb #ef9196a5
