@@ -264,7 +264,7 @@ def _channels_advice(s):
     if s.draws and s.draws[0][0].is_floating_point():
         return ("Finish both in the same way: leave `mean` and `std` of `FixMatchTransform` out, so that the learner's "
                 "own batch transforms do it, or give it those that the labelled images are normalised with.")
-    return "Look at both: they must be of the same kind, and transformed in the same way."
+    return "Look at both: make sure that they are of the same kind, and transformed in the same way."
 
 def _check_channels(s):
     channels = s.channels
@@ -278,11 +278,10 @@ def _check_channels(s):
     # random batches of 10 labelled and 56 unlabelled images of CIFAR-10 came to a shift of 0.87 and a ratio of 1.5 at
     # most, its classes against each other to 1.1 and 1.3; `Normalize` on one side alone is 1.9 and 4.5 there, and a
     # ratio of 3.0 on the digits
-    other = not (shift <= 1.5 and ratio <= 2)
+    other,differs = not (shift <= 1.5 and ratio <= 2),not (shift <= 1 and ratio <= 1.6)
+    advice = _channels_advice(s) if differs else ''
     return ('; '.join(f'{k} mean {shown(m)}, std {shown(sd)}' for k,(m,sd) in channels.items()),
-        (other, 'problem', _channels_advice(s) if other else ''),
-        (shift > 1 or ratio > 1.6, 'note', "Labelled and unlabelled images differ in brightness or contrast: make sure "
-            "that they are of the same kind, and transformed in the same way."))
+        (other, 'problem', advice), (differs, 'note', advice))
 
 # %% ../nbs/09_check.ipynb #37865194
 def _distance(a, b):

@@ -39,7 +39,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as tv
 
 from fixmatch_fastai import check as room
-from fixmatch_fastai import inspection
+from fixmatch_fastai import findings, inspection
 from fixmatch_fastai.all import FixMatch, FixMatchTransform, FlexMatch, ModelEMA, weak_augment
 from fixmatch_fastai.check import fixmatch_check, quick_check
 from fixmatch_fastai.findings import Finding, Preflight
@@ -90,9 +90,9 @@ def level(report, name):
     return finding.level
 
 
-def make_block(vocab=None, n=20, img_cls=PILImageBW, **kwargs):
+def make_block(vocab=None, n=20, n_valid=20, img_cls=PILImageBW, **kwargs):
     blocks = ImageBlock(img_cls), CategoryBlock(vocab=vocab)
-    return DataBlock(blocks=blocks, get_y=parent_label, splitter=IndexSplitter(range(n, n + 20)), **kwargs)
+    return DataBlock(blocks=blocks, get_y=parent_label, splitter=IndexSplitter(range(n, n + n_valid)), **kwargs)
 
 
 def of_class(digits, **counts):
@@ -782,3 +782,188 @@ def test_quick_check_of_other_loaders(fine, unseen):
     train = torch.utils.data.DataLoader(data, batch_size=4)
     learn = Learner(DataLoaders(train, train), tiny_net(), loss_func=nn.CrossEntropyLoss(), cbs=FixMatch(views))
     assert warnings_of(learn, 1) == []
+
+
+# --- the folders, and the same image twice
+
+
+@pytest.fixture
+def folders(fine, digits, tmp_path):
+    "A learner of class folders that a function may spoil before they are read"
+
+    def make(spoil=lambda root: None, n=8):
+        root = tmp_path / 'labeled'
+        for c in '01':
+            (root / c).mkdir(parents=True)
+            for i, o in enumerate(of_class(digits, **{f'_{c}': 2 * n})):
+                (root / c / f'{i:02}.png').write_bytes(o.read_bytes())
+        spoil(root)
+        files = sorted(root.glob('*/*.png'))
+        valid = [o for o in files if int(o.stem[:2]) >= n]
+        items = [o for o in files if o not in valid] + valid
+        block = make_block(n=len(items) - len(valid), n_valid=len(valid))
+        return fine(block.dataloaders(items, bs=4, num_workers=0).repeat_train(20))
+
+    return make
+
+
+def move(root, a, b):
+    (root / b).parent.mkdir(parents=True, exist_ok=True)
+    (root / a).rename(root / b)
+
+
+SPOILS = {
+    'class names': (lambda root: move(root, '0/01.png', 'ZERO/01.png') or move(root, '0/02.png', 'Zero/02.png'), None),
+    'empty folders': (lambda root: (root / 'two').mkdir(), 'two'),
+    'system folders': (lambda root: (root / '@eaDir').mkdir(), '@eaDir'),
+    'images beside': (lambda root: move(root, '0/01.png', 'beside.png'), 'beside.png'),
+    'images below': (lambda root: move(root, '0/01.png', '0/more/01.png'), '0/more/01.png'),
+}
+
+
+@pytest.mark.parametrize('name', SPOILS)
+def test_folders(folders, name):
+    spoil, found = SPOILS[name]
+    report = check(folders(spoil))
+    assert level(report, name) == ('problem' if found is None else 'note')
+    assert report[name].found == found or "'ZERO' and 'Zero' are classes of their own" in report[name].found
+    assert [o for o in SPOILS if o in report] == [name]
+
+
+def test_a_system_folder_as_a_class(folders):
+    report = check(folders(lambda root: move(root, '0/01.png', '__MACOSX/01.png')))
+    assert level(report, 'class names') == 'problem' and "'__MACOSX' is a class" in report['class names'].found
+
+
+def test_nothing_is_wrong_with_the_folders(folders):
+    report = check(folders())
+    assert not {*SPOILS, 'both sides', 'two classes', 'labelled twice', 'labelled files'} & {*report.table.index}
+    assert level(report, 'copies') == 'ok'
+    assert report.classes.to_dict() == {'labelled': {'0': 8, '1': 8}, 'validation': {'0': 8, '1': 8}}
+    assert 'copy' not in report.duplicates.how and list(report.damaged.columns) == ['set', 'item', 'error']
+
+
+def copy(root, a, b):
+    (root / b).write_bytes((root / a).read_bytes())
+
+
+def resaved(root, a, b):
+    Image.open(root / a).resize((64, 64), Image.Resampling.BICUBIC).save(root / b)
+
+
+def test_validation_images_that_are_labelled_ones(folders):
+    report = check(folders(lambda root: copy(root, '0/00.png', '0/50.png')))
+    assert level(report, 'copies') == 'problem' and ': 1, and 0 nearly, such as 0/50.png' in report['copies'].found
+    found = report.duplicates.iloc[0]
+    assert (found['set'], found.in_set, found.how) == ('validation', 'labelled', 'same')
+    assert (found['image'].name, found.copy_of.name) == ('50.png', '00.png')
+
+
+@pytest.mark.parametrize('n, expected', [(20, 'note'), (8, 'problem')])
+def test_validation_images_that_look_like_labelled_ones(folders, n, expected):
+    pytest.importorskip('imagehash')
+    learn = folders(lambda root: resaved(root, '0/00.png', '0/50.png'), n)
+    items = [*learn.dls.train.items, *learn.dls.valid.items]
+    block = make_block(n=2 * n, n_valid=2 * n + 1, item_tfms=Resize(16))
+    dls = block.dataloaders(items, bs=4, num_workers=0).repeat_train(20)
+    learn.dls = dls
+    learn.fix_match.unlabeled_dl = dls.unlabeled_dl(items[:8], mu=2)
+    report = check(learn)
+    assert level(report, 'copies') == expected and '1 nearly' in report['copies'].found
+
+
+def test_one_image_in_two_classes_or_twice_in_one(folders):
+    def spoil(root):
+        copy(root, '0/00.png', '1/50.png')  # labelled in one, validated in the other
+        copy(root, '0/01.png', '1/03_.png')
+        copy(root, '1/02.png', '1/04_.png')
+
+    report = check(folders(spoil))
+    assert level(report, 'two classes') == 'problem' and level(report, 'labelled twice') == 'note'
+    assert report['two classes'].found == '1/03_.png is 0/01.png, 1/50.png is 0/00.png'
+    assert report['labelled twice'].found == '1/04_.png is 1/02.png'
+    assert {'00.png', '01.png', '02.png'} <= {o.name for o in report.duplicates.copy_of}
+
+
+def test_a_pool_with_everything_twice(fine, unseen):
+    report = check(fine(pool=unseen + unseen))
+    assert level(report, 'pool twice') == 'note' and f': {len(unseen)}, and 0 nearly' in report['pool twice'].found
+    assert 'pool twice' not in check(fine())
+
+
+def test_a_class_on_one_side_only(fine, digits):
+    def report(train, valid, vocab=None):
+        items = [*of_class(digits, **train), *of_class(digits[::-1], **valid)]
+        block = make_block(vocab, sum(train.values()), sum(valid.values()))
+        return check(fine(block.dataloaders(items, bs=4, num_workers=0).repeat_train(20)))
+
+    unseen = report(dict(_0=4, _1=4, _2=4), dict(_0=4, _1=4))
+    assert level(unseen, 'both sides') == 'note' and unseen['both sides'].found == 'no validation images of 2'
+    untrained = report(dict(_0=4, _1=4), dict(_0=4, _1=4, _2=4))
+    assert level(untrained, 'both sides') == 'problem' and 'StratifiedSplitter' in untrained['both sides'].advice
+    assert untrained.classes.loc['2'].tolist() == [0, 4]
+    assert 'both sides' not in report(dict(_0=4, _1=4), dict(_0=4, _1=4, _2=4), list('012'))  # told by `labels`
+
+
+@pytest.mark.parametrize('n, points', [(2, 41), (8, 28), (20, 20), (96, 10), (97, 10)])
+def test_what_few_validation_images_tell(fine, digits, n, points):
+    dls = make_block(n_valid=n).dataloaders([*digits[:20], *digits[:n]], bs=4, num_workers=0)
+    found = check(fine(dls.repeat_train(20)))['validation']
+    assert f'within {points} points' in found.found and (found.level == 'note') == (n < 93)
+
+
+def test_unreadable_labelled_images_are_all_listed(folders):
+    def spoil(root):
+        for name in ('0/02.png', '1/01.png', '1/12.png'):
+            (root / name).write_bytes(b'no image')
+
+    report = check(folders(spoil))
+    assert level(report, 'labelled files') == 'problem'
+    assert '2 of 16 labelled images opened were unreadable, such as 0/02.png' in report['labelled files'].found
+    assert [(o.set, o.item.name) for o in report.damaged.itertuples()] == [
+        *(('labelled', '02.png'), ('labelled', '01.png'), ('validation', '12.png'))
+    ]
+
+
+# --- other images
+
+
+def test_a_pool_of_another_kind(fine, unseen):
+    inverted = L(255 - np.array(Image.open(o)) // 4 for o in unseen)
+    report = check(fine(pool=inverted))
+    assert level(report, 'kinds') == 'note' and 'lighter' in report['kinds'].found
+    assert level(report, 'channels') == 'problem'
+    assert '`mean`' not in report['channels'].advice and 'lighter' in report['channels'].advice
+    assert 'kinds' not in check(fine())
+
+
+@pytest.mark.parametrize('side, expected', [(159, None), (160, 'note')])
+def test_originals_of_ten_times_the_size(fine, digits, tmp_path, side, expected):
+    for i, o in enumerate(digits[:48]):
+        (tmp_path / o.parent.name).mkdir(exist_ok=True)
+        Image.open(o).resize((side, side + 40)).save(tmp_path / o.parent.name / f'{i}.png')
+    files = sorted(tmp_path.glob('*/*.png'))
+    dls = make_block(item_tfms=Resize(16)).dataloaders(files[:40], bs=4, num_workers=0).repeat_train(20)
+    report = check(fine(dls, pool=files[40:], mu=1))
+    assert ('originals' in report) == (expected is not None)
+    assert expected is None or (level(report, 'originals') == expected and '160 pixels' in report['originals'].found)
+
+
+def test_words_of_the_place(fine, unseen, tmp_path):
+    data = torch.utils.data.TensorDataset(torch.rand(8, 1, 16, 16), torch.arange(8))
+    views = torch.utils.data.DataLoader(Fixed(lambda i: (torch.rand(1, 16, 16), torch.rand(1, 16, 16))), batch_size=8)
+    dls = DataLoaders(torch.utils.data.DataLoader(data, batch_size=4), torch.utils.data.DataLoader(data, batch_size=4))
+    learn = Learner(dls, tiny_net(), loss_func=nn.CrossEntropyLoss(), cbs=FixMatch(views), path=tmp_path)
+    epoch = check(learn)['epoch'].advice
+    assert 'RandomSampler' in epoch and 'repeat_train' not in epoch
+    assert 'repeat_train' in check(fine(n_batches=None))['epoch'].advice
+    words = findings.Words(epoch='--steps 100')
+    assert check(fine(n_batches=None), words=words)['epoch'].advice.startswith('Use --steps 100 for epochs')
+
+
+def test_a_sampler_as_advised_repeats():
+    "What a torch loader's user is told to do"
+    data = torch.utils.data.TensorDataset(torch.arange(8))
+    sampler = torch.utils.data.RandomSampler(data, num_samples=100 * 4)
+    assert len(torch.utils.data.DataLoader(data, batch_size=4, sampler=sampler)) == 100
+    assert len(list(torch.utils.data.DataLoader(data, batch_size=4, sampler=sampler))) == 100

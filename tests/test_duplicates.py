@@ -17,9 +17,12 @@ from fixmatch_fastai.duplicates import (
     images_of,
     in_both,
     near_images,
+    pairs,
     perceptual_hash,
+    repeated_images,
     same_images,
     sample_idxs,
+    shared_files,
 )
 
 
@@ -135,3 +138,33 @@ def test_damaged(others, tmp_path):
     assert all('Error: ' in o for o in hashes.damaged.error)
     assert hashes.n == 3 and str(hashes) == '3' and list(hashes.pixels) == [1]
     assert str(of_files(files, 2)) == '2 of 3' and of_files(others).damaged.empty
+
+
+def test_twice_in_one_set(valid, others, tmp_path):
+    pytest.importorskip('imagehash')
+    Image.open(others[0]).save(tmp_path / 'pixels.bmp')
+    Image.open(others[1]).resize((64, 64), Image.Resampling.BICUBIC).save(tmp_path / 'near.jpg')
+    files = [*others[:5], tmp_path / 'pixels.bmp', others[2], tmp_path / 'near.jpg', tmp_path / 'pixels.bmp']
+    hashes = of_files(files, phash=perceptual_hash())
+    assert repeated_images(hashes) == {5: 0, 6: 2, 8: 0}, 'each with the first'
+    assert pairs(hashes) == [(5, 0, 'same'), (6, 2, 'same'), (8, 0, 'same'), (7, 1, 'near')]
+    assert pairs(of_files(others)) == [] and pairs(of_files([])) == []
+
+
+def test_files_are_compared_unopened(valid, others, tmp_path):
+    copy, large, other = (tmp_path / o for o in ('copy.png', 'large.bin', 'other.bin'))
+    copy.write_bytes(others[3].read_bytes())
+    noise = np.random.default_rng(0).integers(0, 256, 3 * 2**20, dtype=np.uint8).tobytes()
+    large.write_bytes(noise)
+    other.write_bytes(noise[:-1] + bytes([noise[-1] ^ 1]))  # the last byte of 3 MB
+    a, b = of_files([copy, large, Path('gone.png')], n=0), of_files([*others[:5], other], n=0)
+    a.files, b.files = shared_files(a.images.paths(), b.images.paths())
+    assert set(a.files) == {0, 1} and {3, 5} <= set(b.files)
+    assert same_images(a, b) == {0: 3} and pairs(a, b) == [(0, 3, 'same')]
+    assert shared_files() == [] and shared_files({}, {0: tmp_path}) == [{}, {}]
+
+
+def test_watched(others):
+    seen = []
+    of_files = Hashes(DatasetImages(others, lambda i: Image.open(others[i])), 7, watch=lambda o: seen.extend(o) or o)
+    assert len(seen) == 7 == len(of_files.pixels) == len(of_files.kinds) and set(of_files.sizes.values()) == {(16, 16)}

@@ -14,7 +14,7 @@ from .options import Options
 from ..console import CommandError
 from ..class_folders import image_files
 from ..duplicates import file_size
-from ..experiment.datasets import check_readable, class_files
+from ..experiment.datasets import check_readable, class_files, damaged_images
 
 # %% ../../nbs/cli/01_folders.ipynb #8d8049d1
 def _images_by_class(folder, option):
@@ -66,6 +66,14 @@ def find_pool(folders, without):
     if not kept: raise CommandError("All images of --unlabeled are validation images: give others.")
     return kept
 
+# %% ../../nbs/cli/01_folders.ipynb #f6b3ccd1
+def _readable_first(images, size):
+    "Images by class, those that can be opened first: fastai's `DataLoaders` try the first one of all"
+    damaged = damaged_images(flat(images), size)
+    for k,files in images.items():
+        if damaged.keys() >= {*files}: check_readable(files, size)
+    return {k: files.sorted(damaged.__contains__) for k,files in images.items()}
+
 # %% ../../nbs/cli/01_folders.ipynb #8163b7f8
 def flat(images:dict): return L(o for v in images.values() for o in v)
 
@@ -81,7 +89,7 @@ class Images:
 
 def find_images(
     options:Options,
-    readable:bool=True # Must all labelled images open?
+    readable:bool=True # Must all labelled images open? Else those of each class that do come first
 )->Images: # Or a `CommandError`
     "The images that are named by `--labeled`, `--valid` and `--unlabeled`"
     train = _images_by_class(options.labeled, '--labeled')
@@ -93,4 +101,5 @@ def find_images(
     both = {o.resolve() for o in flat(train)} & {o.resolve() for o in flat(valid)}
     if both: raise CommandError(f"--valid and --labeled share images, such as {min(both).name}: validate on others.")
     if readable: check_readable(flat(train)+flat(valid), options.size)
+    else: train = _readable_first(train, options.size)
     return Images(train, valid, find_pool(options.unlabeled, flat(valid)))
