@@ -75,13 +75,19 @@ def _check_both_sides(s):
         f"training does not have: {s.words.both_sides}, or label some more."),(
         True, 'note', f"Nothing is said of a class without validation images: {s.words.both_sides}.")
 
-def _check_recipe(s, most=25):
+def _few_labels(s, most=25):
+    "How many labelled images, where they are few for a pretrained network that begins with FixMatch"
     n = len_of(dataset_of(s.train))
     if not getattr(s.fm.learn, 'pretrained', False) or s.fm.teacher is not None or not n or s.vocab is None: return
-    if n > most*len(s.vocab): return
-    return (f'a pretrained network, {n} labelled images, and FixMatch as in the paper',
-        (True, 'note', "There FixMatch, which labels the pool with a head that has learned little, usually does worse "
-            f"than the labels alone: use {s.words.few_labels}."))
+    return n if n <= most*len(s.vocab) else None
+
+def _recipe_advice(s):
+    return ("there FixMatch as in the paper, which labels the pool with a head that has learned little, usually does "
+            f"worse than the labels alone: use {s.words.few_labels}.")
+
+def _check_recipe(s):
+    if not (n := _few_labels(s)): return
+    return f'a pretrained network with {n} labelled images',(True, 'note', f'T{_recipe_advice(s)[1:]}')
 
 # %% ../nbs/09_check.ipynb #5f683ecf
 def _check_epoch(s):
@@ -434,9 +440,8 @@ def fixmatch_check(
     return report
 
 # %% ../nbs/09_check.ipynb #3f7571fb
-def _few_labels(s):
-    if (found := _check_recipe(s)) is None: return
-    return f'The network is pretrained: {found[0]}. {found[1][2]}'
+def _harmful_recipe(s):
+    if n := _few_labels(s): return f"The network is pretrained and has {n} labelled images: {_recipe_advice(s)}"
 
 def _unlabeled_classes(s, most=1000):
     if s.vocab is None or s.labels is None or s.labels[0] > most: return
@@ -458,7 +463,7 @@ def _shared_paths(s, most=5_000):
 def quick_check(fm:FixMatch):
     "Warn of what is quick to find and costly; `FixMatch` calls it before its first step"
     if processes()[0] != 0: return
-    for find in (_few_labels, _unlabeled_classes, _shared_paths):
+    for find in (_harmful_recipe, _unlabeled_classes, _shared_paths):
         if (sentence := find(Inspection(fm))): warnings.warn(sentence, stacklevel=2)
 
 FixMatch.preflight = quick_check

@@ -967,3 +967,16 @@ def test_a_sampler_as_advised_repeats():
     sampler = torch.utils.data.RandomSampler(data, num_samples=100 * 4)
     assert len(torch.utils.data.DataLoader(data, batch_size=4, sampler=sampler)) == 100
     assert len(list(torch.utils.data.DataLoader(data, batch_size=4, sampler=sampler))) == 100
+
+
+def test_few_labels_on_a_pretrained_network(fine):
+    def found(**kwargs):
+        learn = fine(**kwargs)
+        learn.pretrained = True
+        return check(learn)
+
+    report = found()
+    assert level(report, 'recipe') == 'note' and report['recipe'].found == 'a pretrained network with 20 labelled images'
+    assert 'fine_tune_fixmatch' in report['recipe'].advice
+    assert 'recipe' not in found(fixmatch={'teacher': ModelEMA(half_life=1)})
+    assert 'recipe' not in check(fine())
