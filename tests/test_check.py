@@ -976,7 +976,8 @@ def test_few_labels_on_a_pretrained_network(fine):
         return check(learn)
 
     report = found()
-    assert level(report, 'recipe') == 'note' and report['recipe'].found == 'a pretrained network with 20 labelled images'
+    assert level(report, 'recipe') == 'note'
+    assert report['recipe'].found == 'a pretrained network with 20 labelled images'
     assert 'fine_tune_fixmatch' in report['recipe'].advice
     assert 'recipe' not in found(fixmatch={'teacher': ModelEMA(half_life=1)})
     assert 'recipe' not in check(fine())

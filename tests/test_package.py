@@ -48,15 +48,19 @@ KNOWS = {
     'recipe': 'core policy callback show ema',
     'weights': 'core',
     'checkpoint': 'core record callback ema',
-    'duplicates': 'core data opening pipeline',
+    'class_folders': '',
+    'kinds': '',
+    'duplicates': 'core data opening pipeline kinds',
     'rehearsal': 'core policy batch callback checkpoint',
-    'check': 'core data batch callback duplicates rehearsal',
+    'findings': '',
+    'inspection': 'core console data batch callback class_folders kinds duplicates findings rehearsal',
+    'check': 'core batch callback class_folders duplicates findings inspection rehearsal',
     'interpret': 'core augment opening data policy uncertainty batch record callback show',
     'self_training': 'core augment opening labeled data policy uncertainty batch record callback recipe rehearsal',
-    'experiment': 'core console augment opening labeled data policy uncertainty callback ema recipe checkpoint check '
-    'interpret',
-    'cli': 'core console augment opening labeled data callback ema recipe check checkpoint weights interpret '
-    'self_training experiment',
+    'experiment': 'core console augment opening labeled data policy uncertainty callback ema recipe checkpoint '
+    'class_folders check interpret',
+    'cli': 'core console augment opening labeled data callback ema recipe checkpoint weights class_folders duplicates '
+    'findings check interpret self_training experiment',
 }
 
 
