@@ -28,11 +28,11 @@ def fixmatch_demo(
     check_at_least(1, labels=labels, steps=steps, seeds=seeds, size=size)
     check_folders('--data', [data] if data else [])
     import torch
-    from fastai.data.transforms import get_image_files
+    from fixmatch_fastai.class_folders import image_files
     from fixmatch_fastai.cli import comparison
     from fixmatch_fastai.labeled import digits_path
     torch.set_num_threads(1) # the network is tiny: more would take the processors from the workers that make views
-    files = get_image_files(digits_path() if data is None else data).sorted()
+    files = image_files(digits_path() if data is None else data)
     more = dict(n_test=400, flip=False) if data is None else dict(size=size, flip=flip)
     twin = comparison.compare(files, seeds, labels, unlabeled, threshold, steps, **more)
     comparison.save(twin, out)
