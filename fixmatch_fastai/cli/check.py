@@ -76,5 +76,5 @@ def check_command(
     print(f'{bad_files(found, learn)}\n{found!r}'.strip())
     if found.duplicates is not None and len(found.duplicates):
         save_csv(found.duplicates, Path(duplicates))
-        print(f'Written to {duplicates}')
+        print(f'Written to {duplicates}: what is there twice, or looks so ({len(found.duplicates):,})')
     return int(bool(found.problems))
