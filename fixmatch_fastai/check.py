@@ -170,8 +170,7 @@ def _check_blank(s):
     names,n = _of_all(s, 'blank')
     if not names: return
     return (f'{len(names):,} of {n:,} images opened are blank, such as {names[0]}',
-        (len(names) > .1*n, 'problem', "Look at them: of more than 8 bits, `PILImage` leaves a blank, and "
-            "`UprightImage` does not."),
+        (len(names) > .1*n, 'problem', f"Look at them: {s.words.blank}."),
         (True, 'note', "Look at them, and take out what shows nothing."))
 
 # %% ../nbs/09_check.ipynb #e918458b
@@ -301,8 +300,7 @@ def _check_strong_views(s):
     second = np.mean([_distance(weak, weak)/(k*k-k) for weak,*_ in s.draws])
     strongs = np.mean([_distance(weak, strong)/k**2 for weak,strong,_ in s.draws])
     times = f'; from it they are {strongs/second:.1f} times as far as a second weak view' if second else ''
-    advice = ("Give `FixMatchTransform` a `strong` that changes images more than `weak` does, "
-              "or leave it out for the paper's.")
+    advice = f"Strong views must differ, or nothing is learned from them: {s.words.stronger}."
     # 50 images, with the paper's views: 1.24 to 1.47 times, on digits as on CIFAR-10;
     # with a second weak view for the strong one: 0.95 to 1.06
     return (f'{equal:.0%} equal their weak view{times}',

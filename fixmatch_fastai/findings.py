@@ -91,6 +91,8 @@ class Words:
     epoch:str = '`dls.repeat_train(100)`'
     even_policy:str = '`AdaMatch()` or `DebiasMatch()`'
     open_upright:str = 'open images with `UprightImage`, as in `ImageBlock(UprightImage)` or `img_cls=UprightImage`'
+    blank:str = 'of more than 8 bits, `PILImage` leaves a blank, and `UprightImage` does not'
+    stronger:str = 'give `FixMatchTransform` a `strong` that changes images more than `weak` does, or leave it out'
     both_sides:str = 'split with `StratifiedSplitter()`, which keeps images of each class on both sides'
     few_labels:str = ('`learn.fine_tune_fixmatch(unlabeled_dl)`, or `FixMatch(unlabeled_dl, '
                       'teacher=ModelEMA(half_life=40), warmup=0.4)` after `probe_head(learn)`')

@@ -1,5 +1,7 @@
 "The preflight: each finding provoked and absent, and a learner that is as it was"
 
+import ast
+import inspect
 import multiprocessing
 import random
 import re
@@ -981,3 +983,15 @@ def test_few_labels_on_a_pretrained_network(fine):
     assert 'fine_tune_fixmatch' in report['recipe'].advice
     assert 'recipe' not in found(fixmatch={'teacher': ModelEMA(half_life=1)})
     assert 'recipe' not in check(fine())
+
+
+def test_what_a_command_can_find_is_told_in_words_of_the_place():
+    "Python stands in `Words`; in the checks, only where no command comes: torch's loaders, float views, several labels"
+    tree = ast.parse(inspect.getsource(room))
+    functions = [o for o in tree.body if isinstance(o, ast.FunctionDef) and o.name.startswith('_check')]
+    told = [o.value for f in functions for o in ast.walk(f) if isinstance(o, ast.Constant) and isinstance(o.value, str)]
+    assert {o for text in told for o in re.findall('`[^`]+`', text)} == {
+        *('`positive`', '`MultiLabelThreshold(positive=[0.95, 0.8, ...])`'),
+        *('`drop_last=False`', '`dls.unlabeled_dl(files)`'),
+        '`pip install imagehash`',
+    }

@@ -21,6 +21,7 @@ def option_words(
     return Words(bs='--bs', mu='--mu', size='--size', half='--fp16', workers='--workers {n}', epoch='--steps 100',
                  even_policy='--policy adamatch or debiasmatch', few_labels='--recipe finetune', damaged=below,
                  overlap=below, duplicates=duplicates, look='look at some', open_upright='report this as a bug',
+                 blank='nothing can be learned from one', stronger='look at the images, and use a larger --size',
                  both_sides='give images of each class with --valid, or leave it out, so that some of each are kept')
 
 def _section(title, files, most=20):
