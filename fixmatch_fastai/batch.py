@@ -47,8 +47,13 @@ def check_loader(dl):
     raise TypeError(f"`unlabeled_dl` must be a loader, but is a {type(dl).__name__}: "
                     "make it with `dls.unlabeled_dl(files)`.")
 
-def tells_truth(dl, multi_label:bool=False)->bool:
+def tells_truth(
+    dl,                     # The unlabelled loader
+    multi_label:bool=False, # Several classes in an image?
+    dls=None                # With whose labelled images it is used; default: with those it was made with
+)->bool:
     "Does `dl` know classes, to report `pseudo_acc`? Ours says so; of a torch loader the first item is looked at"
+    if dls is not None and hasattr(dl, 'knows_truth_beside'): return dl.knows_truth_beside(dls)
     if hasattr(dl, 'knows_truth'): return dl.knows_truth
     dataset = getattr(dl, 'dataset', None)
     if not hasattr(dataset, '__getitem__') or not hasattr(dataset, '__len__') or len(dataset) == 0: return False

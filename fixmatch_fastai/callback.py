@@ -182,7 +182,7 @@ class FixMatch(Callback):
         self._clean_up()
         self._seat_teacher()
         if not self.create_mbar: return self._recorder.start() # in `validate` and `get_preds`
-        known = self.unlabeled_dl is not None and tells_truth(self.unlabeled_dl, self.policy.multi_label)
+        known = self.unlabeled_dl is not None and tells_truth(self.unlabeled_dl, self.policy.multi_label, self.dls)
         self._recorder.start(['loss_x','loss_u','mask_rate'] + ['pseudo_acc']*known)
 
     def before_train(self):

@@ -8,7 +8,6 @@ __all__ = ['CachedImages', 'UnlabeledViews', 'StreamPosition', 'EndlessSampler',
 # %% ../nbs/01_data.ipynb #b9aee65a
 import itertools,math,os,random,shutil
 from copy import copy
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,16 +17,17 @@ import torch
 import torch.distributed as dist
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists, test_set
 from fastai.data.load import fa_collate
-from fastai.data.transforms import EncodedMultiCategorize, MultiCategorize
 from fastai.torch_basics import TensorImage, patch, show_image, to_device
 from fastai.vision.data import get_grid
 from fastcore.xtras import truncstr
 from PIL import Image
 
 from .augment import FixMatchTransform, to_view_mode, uint8_tensor
-from .core import describe, item_at, not_to_predict, processes, unwrap_dl
+from .core import describe, item_at, not_to_predict, processes
+from .items import listed, rows_of
 from .pipeline import PoolImages, first_readable
 from .labeled import RepeatDL, WeakTransform # noqa: F401  where exports of 0.1.0 look for them
+from .truth import Truth
 
 # %% ../nbs/01_data.ipynb #f880b21e
 def _free_memory(shared):
@@ -65,23 +65,18 @@ class CachedImages:
         return img if img.mode == self.mode else Image.merge(self.mode, img.split()) # of RGB
 
 # %% ../nbs/01_data.ipynb #297a3bde
-def _is_multi_label(dls):
-    "Does each image of `dls` have any number of labels, as with a `MultiCategoryBlock`?"
-    tls = getattr(unwrap_dl(dls.valid).dataset, 'tls', ())[1:]
-    return any(isinstance(f, (MultiCategorize,EncodedMultiCategorize)) for tl in tls for f in tl.tfms.fs)
-
 class UnlabeledViews:
     "Image `i` of a dataset as `(weak, strong, i)`, or as `((weak, strong), y, i)` where a `label_func` tells the truth"
     def __init__(self,
         dataset,         # Opens image `i`: what fastai's `test_set` returns
         dls:DataLoaders, # Whose validation transforms resize it
         tfm,             # PIL image to `(weak, strong)` tensors
-        label_func=None, # Item to its class, or to a list of its classes, for reporting only
+        label_func=None, # As `Truth` takes it
         cache=None       # Keep opened and resized images: `'shared'` among processes, or `'own'`
     ):
-        self.dataset,self.tfm,self.label_func,self.cache = dataset,tfm,label_func,cache
+        self.dataset,self.tfm,self.cache = dataset,tfm,cache
+        self.truth = None if label_func is None else Truth(dataset, label_func, dls)
         self._caches = [] # one at most; the same list for all that `following` makes
-        self.o2i,self.multi_label = dict(getattr(getattr(dls, 'vocab', None), 'o2i', {})),_is_multi_label(dls)
         self._follow(dls)
 
     def _follow(self, dls):
@@ -95,8 +90,10 @@ class UnlabeledViews:
         return self
 
     def following(self, dls):
-        "These images, resized as `dls` does"
-        return copy(self)._follow(dls)
+        "These images, resized as `dls` does, and the truth beside its labelled images"
+        new = copy(self)
+        if self.truth is not None: new.truth = self.truth.beside(dls)
+        return new._follow(dls)
 
     @property
     def items(self): return self.dataset.items
@@ -140,7 +137,7 @@ def views(self:UnlabeledViews, img, i):
                         f"but it returned {describe(views)}: "
                         "use `FixMatchTransform(weak=..., strong=...)` around functions of PIL images.")
     views = map(self.as_labeled, views)
-    return (*views,i) if self.label_func is None else (tuple(views),self.label(i),i)
+    return (*views,i) if self.truth is None else (tuple(views),self.truth(i),i)
 
 @patch
 def as_labeled(self:UnlabeledViews, view):
@@ -152,23 +149,7 @@ def as_labeled(self:UnlabeledViews, view):
 def plain(self:UnlabeledViews, img, i):
     "`img`, which is image `i`, for views that are made of batches"
     x = uint8_tensor(to_view_mode(img))
-    return (x,i) if self.label_func is None else (x,self.label(i),i)
-
-@patch
-def label(self:UnlabeledViews, i):
-    "Class number of image `i`, or, for multi-label, 0 or 1 of each class, int64 (C,); -1 where it is unknown"
-    y = self.label_func(item_at(self.items, i))
-    if self.multi_label: return self._label_row(y)
-    if self.o2i: return self.o2i.get(y, -1)
-    return -1 if y is None else int(y)
-
-@patch
-def _label_row(self:UnlabeledViews, labels):
-    if labels is None: return torch.full((len(self.o2i),), -1)
-    if isinstance(labels, str):
-        raise TypeError("With several labels in an image `label_func` must return a list of them, "
-                        f"but it returned {labels!r}: return [{labels!r}], or split it.")
-    return torch.tensor([int(o in labels) for o in self.o2i])
+    return (x,i) if self.truth is None else (x,self.truth(i),i)
 
 # %% ../nbs/01_data.ipynb #0436908f
 def _collate(samples):
@@ -248,15 +229,18 @@ class UnlabeledDL(TfmdDL):
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, **{**kwargs, 'do_setup': False})
         self.mu,self._damaged = mu,{}
         self._position,self._start = None,None # where the last stream stopped, and where the next one goes on
+        # is the true class of an image known, for reports, that isn't labelled?
+        self.knows_truth = dataset.truth is not None and dataset.truth.known
 
-    @property
-    def knows_truth(self)->bool:
-        "Is the true class of (some) images known, for reporting?"
-        return self.dataset.label_func is not None
+    def knows_truth_beside(self, dls)->bool:
+        "`knows_truth`, where the labelled images are those of `dls`"
+        if self.dataset.truth is None or not isinstance(getattr(dls, 'valid', None), TfmdDL): return self.knows_truth
+        return self.dataset.truth.beside(dls).known
 
     def do_batch(self, b): return self.dataset.typed(_collate(b))
 
     def new(self, dataset=None, cls=None, **kwargs):
+        if 'get_idxs' in kwargs: raise ValueError(not_to_predict) # fastai's `get_preds`
         return super().new(dataset, cls, **{'mu': None if 'bs' in kwargs else self.mu, **kwargs})
 
     @property
@@ -326,25 +310,29 @@ def _check_count(name, n, per):
     if isinstance(n, int) and n >= 1: return
     raise ValueError(f"`{name}` is a number of unlabelled images {per}, 1 or more, but got {n}.")
 
-def _as_items(items):
-    if isinstance(items, (str,Path)):
-        raise TypeError(f"`items` must be images, not the folder {str(items)!r}: "
-                        f"use `get_image_files({str(items)!r})`.")
-    if not hasattr(items, '__len__'): items = list(items)
+def _kind(item): return 'row of a table' if isinstance(item, pd.Series) else type(item).__name__
+
+def _pool(valid, items):
+    "Opens `items` as `valid`, a dataset of fastai, opens its own"
+    items = listed(items)
     if len(items) == 0: raise ValueError("The pool of unlabelled images is empty: check the folder it was read from.")
-    return items
+    try: return test_set(valid, items)
+    except AssertionError as e: # none of its transforms takes such an item
+        own,given = (_kind(next(rows_of(o), None)) for o in (valid.items,items))
+        raise TypeError(f"These DataLoaders open items of the kind {own}, and can't open a {given}: "
+                        "give the pool as what they were made from.") from e
 
 # %% ../nbs/01_data.ipynb #a6461059
 _dl_kwargs = ('bs','shuffle','drop_last','num_workers','pin_memory','timeout','device')
 
 @patch
 def unlabeled_dl(self:DataLoaders,
-    items,           # Unlabelled images, in any form these `DataLoaders` open: files, arrays, DataFrame rows
+    items,           # Unlabelled images, in any form these `DataLoaders` open: files, arrays, a DataFrame
     mu:int=7,        # Unlabelled images for each labelled one in a batch (μ of the paper)
     # PIL image to `(weak, strong)` tensors, default `FixMatchTransform()`;
     # or `FixMatchBatchTransform()`, for views made on the device
     tfm=None,
-    # Item to its true class, or to a list of its classes with a `MultiCategoryBlock`;
+    # Item to its true class, or to a list of its classes with a `MultiCategoryBlock`, or to `None` where unknown;
     # only `pseudo_acc`, a report, is made of it
     label_func=None,
     cache:bool=False,# Open and resize each image once, and keep it in memory?
@@ -356,12 +344,11 @@ def unlabeled_dl(self:DataLoaders,
         raise TypeError(f"`unlabeled_dl` takes no argument {sorted(unknown)}: use any of {', '.join(_dl_kwargs)}.")
     _check_count('mu', mu, 'for each labelled one')
     if 'bs' in kwargs: _check_count('bs', kwargs['bs'], 'in a batch')
-    items = _as_items(items)
+    dataset,tfm = _pool(valid.dataset, items),tfm or FixMatchTransform()
     opts = dict(mu=None if 'bs' in kwargs else mu, bs=mu*self.train.bs, num_workers=self.train.fake_l.num_workers,
                 pin_memory=torch.cuda.is_available() and torch.device(self.device or 'cpu').type == 'cuda',
                 device=self.device) | kwargs
     if cache: cache = 'shared' if opts['num_workers'] else 'own'
-    dataset,tfm = test_set(valid.dataset, items),tfm or FixMatchTransform()
     return UnlabeledDL(UnlabeledViews(dataset, self, tfm, label_func, cache or None), **opts)
 
 # %% ../nbs/01_data.ipynb #08ab74b4
@@ -371,10 +358,6 @@ def _displayable(img, tfm):
     if getattr(tfm, 'mean', None) is not None: img = img*tfm.std[:,None,None] + tfm.mean[:,None,None]
     elif img.max() > 1: img = img/255
     return TensorImage(img.clamp(0,1))
-
-def _class_names(y, vocab):
-    "Of one image: `y` is a class, or 0 or 1 of each"
-    return ', '.join(str(vocab[k]) for k,o in enumerate(y) if o > 0) if y.ndim else str(vocab.get(int(y), '?'))
 
 @patch
 def show_batch(self:UnlabeledDL,
@@ -388,14 +371,13 @@ def show_batch(self:UnlabeledDL,
     if b is None:
         b,_ = views.batch(random.sample(range(len(views)), min(max_n, len(views))))
         b = views.finish(b, self.device)
-    (weak,strong),y = (b[0],b[1]) if isinstance(b[0], (tuple,list)) else (b[:2],None)
+    weak,strong = b[0] if isinstance(b[0], (tuple,list)) else b[:2]
     n = min(max_n, len(weak))
     axs = get_grid(2*n, nrows=2, ncols=n, figsize=figsize or (1.3*n,2.9), layout='constrained')
     for ax,img in zip(axs, [*weak[:n],*strong[:n]]):
         show_image(_displayable(img, views.tfm), ctx=ax, **{'cmap': 'gray', **kwargs})
-    vocab = {i: o for o,i in views.o2i.items()}
-    for ax,o in zip(axs, [] if y is None else y[:n]): # what fits above an image
-        ax.set_title(truncstr(_class_names(o, vocab), 15, suf='…'), fontsize=9, parse_math=False)
+    for ax,i in zip(axs, [] if views.truth is None else b[-1][:n].tolist()): # what fits above an image
+        ax.set_title(truncstr(views.truth.names(i), 15, suf='…'), fontsize=9, parse_math=False)
     for ax,name in ((axs[0],'weak'), (axs[n],'strong')):
         ax.axis('on')
         ax.spines[:].set_visible(False)

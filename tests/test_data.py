@@ -25,6 +25,7 @@ from fastai.vision.all import (
     PILImageBW,
     Resize,
     Transform,
+    first,
     parent_label,
     set_seed,
 )
@@ -159,12 +160,46 @@ def test_loader_is_on_device_and_copies(make_dls, pool):
 # --- what is opened --------------------------------------------------------------------------------------------------
 
 
-def test_label_func_of_unknown_classes(make_dls, pool):
-    def label(o):
-        return parent_label(o) if parent_label(o) < '5' else 'what is this'
+FORMS = [
+    list,
+    tuple,
+    set,
+    iter,
+    pd.Series,
+    np.array,
+    lambda o: pd.Series(o, index=o),
+    lambda o: dict.fromkeys(o).keys(),
+]
 
-    y = torch.cat([b[1] for b in make_dls().unlabeled_dl(pool, label_func=label)])
-    assert set(y.tolist()) == {-1, 0, 1, 2, 3, 4}
+
+@pytest.mark.parametrize('form', FORMS)
+def test_pool_in_any_form(make_dls, pool, form):
+    "In the same order: the images that numbers stand for are the same"
+    dls = make_dls()
+    given = dls.unlabeled_dl(form(pool), tfm=plain, bs=50, label_func=parent_label, shuffle=False)
+    plain_list = dls.unlabeled_dl([*pool.sorted()], tfm=plain, bs=50, label_func=parent_label, shuffle=False)
+    for (views, *a), (same, *b) in zip(take(given, 2), plain_list, strict=True):
+        all_equal([views, a], [same, b])
+    FixMatch(given)
+    with pytest.raises(TypeError, match='is a dict: use for example'):
+        dls.unlabeled_dl(dict.fromkeys(pool))
+    with pytest.raises(
+        TypeError, match=r"items of the kind \w*Path, and can't open a row of a table: give the pool as"
+    ):
+        dls.unlabeled_dl(pd.DataFrame(dict(name=pool)))
+
+
+def test_a_pool_is_not_predicted_from(make_dls, pool):
+    "Nor by a learner without `FixMatch`; to look at it is fine"
+    learn = Learner(make_dls(), tiny_net())
+    loader = learn.dls.unlabeled_dl(pool, tfm=FixMatchTransform(0.5, 0.5, weak=WEAK), bs=30)
+    for dl in (loader, loader.new(drop_last=False), learn.dls.unlabeled_dl(pool[:3])):
+        with pytest.raises(ValueError, match=r'two views of each image.*use `learn.dls.test_dl\(items\)`'):
+            learn.get_preds(dl=dl)
+    assert (
+        len([*loader]) == 3 and len(loader.one_batch()) == len(first(loader)) == len(loader.new(bs=5).one_batch()) == 3
+    )
+    assert len(learn.get_preds(dl=learn.dls.test_dl(pool))[0]) == 100
 
 
 def test_flip_stays_out_of_pool_images(make_dls, pool):
@@ -187,10 +222,12 @@ def test_dataframe_and_colour(digits):
         item_tfms=Resize(20),
         img_cls=PILImage,
     )
-    (weak, strong), y, idxs = dls.unlabeled_dl(df, mu=2, label_func=lambda row: row['label']).one_batch()
-    assert weak.shape == strong.shape == (8, 3, 20, 20)
-    known = [(dls.vocab[i], df.label.iloc[j]) for i, j in zip(y.tolist(), idxs.tolist()) if i >= 0]
-    assert len(known) >= 5 and all(a == b for a, b in known)
+    loader = dls.unlabeled_dl(df, bs=len(df), label_func=lambda row: row['label'])
+    (weak, strong), y, idxs = loader.one_batch()
+    assert weak.shape == strong.shape == (20, 3, 20, 20)
+    known = {j: dls.vocab[i] for i, j in zip(y.tolist(), idxs.tolist()) if i >= 0}
+    assert known == {j: o for j, o in dls.valid_ds.items.label.items() if o in dls.vocab}, 'those to validate on'
+    assert len(known) >= 2
 
 
 def test_show_batch(make_dls, pool):
