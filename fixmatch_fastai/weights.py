@@ -31,6 +31,9 @@ def _tied_names(state):
 def _weights_file(learn, file):
     return join_path_file(str(file).removesuffix('.safetensors'), learn.path/learn.model_dir, ext='.safetensors')
 
+def _json(o): # readable, but for the names that are no text: JSON knows the escapes that these become
+    return json.dumps(o, ensure_ascii=False).encode(errors='backslashreplace').decode()
+
 def _vocab(learn):
     vocab = getattr(learn.dls, 'vocab', None)
     return None if vocab is None else [str(o) for o in vocab]
@@ -44,7 +47,7 @@ def save_weights(self:Learner,
     file,vocab = _weights_file(self, file),_vocab(self)
     if rank_distrib(): return file
     text = {'format': 'pt', 'fixmatch_fastai': __version__}
-    if vocab is not None: text['vocab'] = json.dumps(vocab, ensure_ascii=False)
+    if vocab is not None: text['vocab'] = _json(vocab)
     state = get_model(self.model).state_dict()
     plain = lambda v: v.detach().cpu().as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
     with replacing(file) as tmp: save_file({name: plain(state[name]) for name,*_ in _tied_names(state)}, tmp, text)
