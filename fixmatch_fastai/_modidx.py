@@ -1870,6 +1870,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                    'fixmatch_fastai/self_training/table.py'),
                                                      'fixmatch_fastai.self_training.table._class_names': ( 'self_training/table.html#_class_names',
                                                                                                            'fixmatch_fastai/self_training/table.py'),
+                                                     'fixmatch_fastai.self_training.table._columns_of': ( 'self_training/table.html#_columns_of',
+                                                                                                          'fixmatch_fastai/self_training/table.py'),
                                                      'fixmatch_fastai.self_training.table._file_or_number': ( 'self_training/table.html#_file_or_number',
                                                                                                               'fixmatch_fastai/self_training/table.py'),
                                                      'fixmatch_fastai.self_training.table._image_identities': ( 'self_training/table.html#_image_identities',

@@ -112,11 +112,10 @@ def as_series(
     except UnicodeEncodeError: return pd.Series(values, dtype=object)
 
 def _map_text(df, func):
-    "`df` with `func` of its columns' names, and of all text and paths in it; what is numbers is not copied"
+    "`df` with `func` of all text and paths in it; numbers are not copied"
     df = df.copy(deep=False)
     for k in df.select_dtypes(exclude='number'):
         df[k] = as_series([func(str(o)) if isinstance(o, (str,Path)) else o for o in df[k]]).set_axis(df.index)
-    df.columns = as_series([func(str(o)) for o in df])
     return df
 
 def save_csv(df, file:Path):

@@ -13,8 +13,7 @@ import torch
 from fastai.learner import Learner, join_path_file
 from fastai.torch_basics import Tensor, distrib_barrier, get_model, patch, rank_distrib
 from fastcore.xtras import truncstr
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from . import __version__
 from .core import replacing
@@ -55,8 +54,10 @@ def save_weights(self:Learner,
 
 # %% ../nbs/08a_weights.ipynb #861cd69a
 def _read_weights(file)->tuple: # Tensors by name, text by name
-    try:
-        with safe_open(file, 'pt') as f: return {name: f.get_tensor(name) for name in f.keys()},f.metadata() or {}
+    try: # `safe_open` takes no path that is not UTF-8
+        data = file.read_bytes()
+        header = data[8:8+int.from_bytes(data[:8], 'little')]
+        return load(data),json.loads(header).get('__metadata__', {})
     except FileNotFoundError: raise
     except Exception as e:
         raise ValueError(f"The file {file.name} can't be read as safetensors, it is damaged or something else: "
