@@ -171,7 +171,7 @@ def _item_names(dl):
 
 def _checksums(dl):
     "Of all names, and of their order"
-    sums = [zlib.crc32(o.encode(errors='replace')) for o in _item_names(dl)]
+    sums = [zlib.crc32(o.encode(errors='backslashreplace')) for o in _item_names(dl)]
     return sum(sums)%2**32,zlib.crc32(str(sums).encode())
 
 # %% ../nbs/08_checkpoint.ipynb #16cf37ed

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['not_to_predict', 'describe', 'first_line', 'item_at', 'unwrap_dl', 'len_of', 'batch_size_of', 'processes', 'endless',
-           'replacing', 'evaluating', 'finished']
+           'replacing', 'escape_name', 'unescape_name', 'as_series', 'save_csv', 'read_csv', 'evaluating', 'finished']
 
 # %% ../nbs/00_core.ipynb #1c3197c1
-import os
+import os,re
 from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.distributed as dist
 from fastai.torch_basics import Pipeline, Tensor, TensorBase, TensorImage, cast, compose_tfms
@@ -86,6 +87,45 @@ def replacing(
         with tmp.open('rb+') as f: os.fsync(f.fileno())
         os.replace(tmp, file)
     finally: tmp.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #9e0a80c1
+# In tables and pictures a byte that is no text is written as the six characters `\udce9`: so every file is valid UTF-8,
+# which spreadsheets and `pd.read_csv` need, where the byte itself would stop them. A \r is written as `\u000d`, as many
+# readers of CSV end a line there. What looks like one of these but is a part of a name has its backslash written as
+# `\u005c`, so `unescape_name` always finds the name that was there.
+_code = r'\\u(?:000d|005c|d[89a-f][0-9a-f]{2})'
+
+def escape_name(name:str)->str:
+    "The name of a file or class as text that a UTF-8 file and a picture can hold"
+    return re.sub(rf'[\ud800-\udfff\r]|\\(?={_code[2:]})', lambda m: f'\\u{ord(m[0]):04x}', name)
+
+def unescape_name(text:str)->str:
+    "The name of which `escape_name` made `text`"
+    return re.sub(_code, lambda m: chr(int(m[0][2:], 16)), text)
+
+# %% ../nbs/00_core.ipynb #133aef36
+def as_series(
+    values # Names, or anything
+)->pd.Series:
+    "A column of a table; pandas' text type may be UTF-8, so of other names they are objects"
+    try: return pd.Series(values)
+    except UnicodeEncodeError: return pd.Series(values, dtype=object)
+
+def _map_text(df, func):
+    "`df` with `func` of all text and paths in it; numbers are not copied"
+    df = df.copy(deep=False)
+    for k in df.select_dtypes(exclude='number'):
+        df[k] = as_series([func(str(o)) if isinstance(o, (str,Path)) else o for o in df[k]]).set_axis(df.index)
+    return df
+
+def save_csv(df, file:Path):
+    "Write a table without its index, whole or not at all; names as `escape_name` makes them"
+    rows = max(1, 20_000//max(1, df.shape[1])) # that are text at a time, which is large
+    with replacing(file) as tmp: _map_text(df, escape_name).to_csv(tmp, index=False, chunksize=rows)
+
+def read_csv(file, **kwargs)->pd.DataFrame:
+    "A table that `save_csv` wrote, with the names as they were; `kwargs` are those of `pd.read_csv`"
+    return _map_text(pd.read_csv(file, **kwargs), unescape_name)
 
 # %% ../nbs/00_core.ipynb #53d5113e
 @contextmanager

@@ -24,7 +24,7 @@ from timm.data import create_transform, resolve_model_data_config
 from .augment import to_plain_mode, uint8_tensor
 from .batch import unpack
 from .callback import FixMatch
-from .core import evaluating, finished, item_at
+from .core import as_series, escape_name, evaluating, finished, item_at
 from .data import UnlabeledDL
 from .opening import open_upright
 from .policy import SemiBatch
@@ -175,13 +175,16 @@ def items(self:PseudoLabelInterpretation, rows=None)->list:
     return [item(i) for i in idxs]
 
 @patch
+def _names(self:PseudoLabelInterpretation, classes): return as_series([self.vocab[i] for i in classes])
+
+@patch
 def to_df(self:PseudoLabelInterpretation)->pd.DataFrame: # A row for each image that could be opened
     "`item`, `predicted`, `confidence`, `weight` and, where truths are known, `truth` and `right`"
-    df = pd.DataFrame(dict(item=self.items(), predicted=[self.vocab[i] for i in self.targets],
+    df = pd.DataFrame(dict(item=as_series(self.items()), predicted=self._names(self.targets),
                            confidence=self.confidence.numpy(), weight=self.weights.numpy()))
     if self.truth is None: return df
     known = self.known.tolist()
-    return df.assign(truth=[self.vocab[i] if k else None for i,k in zip(self.truth, known)],
+    return df.assign(truth=as_series([self.vocab[i] if k else None for i,k in zip(self.truth, known)]),
                      right=[bool(o) if k else None for o,k in zip(self.right, known)])
 
 # %% ../nbs/10_interpret.ipynb #92d80cfe
@@ -191,7 +194,7 @@ def acceptance(self:PseudoLabelInterpretation)->pd.DataFrame: # A row for each c
     and, where truths are known, how many of those that count are right"""
     df = self.to_df()
     df['counted'] = df.weight > 0
-    by_class = lambda df: df.groupby(pd.Categorical(df.predicted, self.vocab), observed=False)
+    by_class = lambda df: df.groupby(pd.Categorical(df.predicted, as_series(self.vocab)), observed=False)
     by = by_class(df)
     out = pd.DataFrame(dict(images=by.size(), counted=by.counted.sum(), share=by.counted.mean(),
                             confidence=by.confidence.mean())).rename_axis('predicted')
@@ -217,7 +220,8 @@ def plot_acceptance(self:PseudoLabelInterpretation,
         left = left + widths.values
     ax.set(yticks=y, ylim=(len(df)-.4, -.6), xlabel='unlabelled images', ylabel='pseudo-label',
            title=f'{int(self.counted.sum()):,} of {len(self):,} pseudo-labels count')
-    ax.set_yticklabels(df.index, fontsize=9 if len(df) <= 20 else 7, parse_math=False)
+    names = [truncstr(escape_name(o), 30, suf='…') for o in df.index]
+    ax.set_yticklabels(names, fontsize=9 if len(df) <= 20 else 7, parse_math=False)
     legend_below(ax, 4)
     return ax
 
@@ -255,7 +259,7 @@ def plot_confusion_matrix(self:PseudoLabelInterpretation,
     "Draw the confusion matrix, as fastai's `ClassificationInterpretation` does"
     cm = self.confusion_matrix(counted)
     shown = cm/np.maximum(cm.sum(1, keepdims=True), 1) if normalize else cm
-    names = [truncstr(o, 30, suf='…') for o in self.vocab]
+    names = [truncstr(escape_name(o), 30, suf='…') for o in self.vocab]
     n,longest = len(cm),max(map(len, names))
     side = min(.42*n+1.6, 12)+.075*max(0, longest-4) # beside the names the matrix keeps its size
     ax = plt.subplots(figsize=figsize or (side,side), layout='constrained')[1]
@@ -428,9 +432,8 @@ def suggest_labels(self:PseudoLabelInterpretation,
     chosen,sizes = _representatives(self.features(rows), k, seed, _from_center, weights)
     rows = rows[chosen]
     second = self.probs[rows].topk(2, 1).indices[:,1]
-    return pd.DataFrame(dict(item=self.items(rows), label='', predicted=[self.vocab[i] for i in self.targets[rows]],
-                             confidence=self.confidence[rows].numpy(), second=[self.vocab[i] for i in second],
-                             stands_for=sizes))
+    return pd.DataFrame(dict(item=as_series(self.items(rows)), label='', predicted=self._names(self.targets[rows]),
+                             confidence=self.confidence[rows].numpy(), second=self._names(second), stands_for=sizes))
 
 # %% ../nbs/10_interpret.ipynb #9f48d843
 def _groups(f, k, seed, weights):
@@ -556,7 +559,7 @@ def select_to_label(
     if n > len(f): raise ValueError(f"Only {len(f):,} of the images can be opened, fewer than the {n} to select.")
     chosen,sizes = _representatives(f, n, seed, _from_neighbours)
     item = lambda i: items[i] if isinstance(items[i], (str,Path)) else int(i)
-    return pd.DataFrame(dict(item=[item(i) for i in idxs[chosen]], label='', stands_for=sizes))
+    return pd.DataFrame(dict(item=as_series([item(i) for i in idxs[chosen]]), label='', stands_for=sizes))
 
 # %% ../nbs/10_interpret.ipynb #b59e4d20
 class ShowPseudoLabels(Callback):

@@ -23,7 +23,7 @@ from fastcore.xtras import truncstr
 from matplotlib.transforms import offset_copy
 from torch import Tensor
 
-from .core import processes
+from .core import escape_name, processes
 from .policy import PseudoLabels
 
 # %% ../nbs/05_record.ipynb #6cf10b86
@@ -345,8 +345,9 @@ StopOnTrouble.after_train = StopOnTrouble.after_batch
 def legend_below(ax, ncols=2, **kwargs):
     "Where it hides no line"
     below = offset_copy(ax.transAxes, fig=ax.figure, y=-(34 if ax.get_xlabel() else 20), units='points')
-    ax.legend(fontsize=8, ncols=ncols, frameon=False, loc='upper center', bbox_to_anchor=(.5,0), bbox_transform=below,
-              columnspacing=1.2, handlelength=1.5, **kwargs)
+    legend = ax.legend(fontsize=8, ncols=ncols, frameon=False, loc='upper center', bbox_to_anchor=(.5,0),
+                       bbox_transform=below, columnspacing=1.2, handlelength=1.5, **kwargs)
+    for o in legend.get_texts(): o.set_parse_math(False) # names of classes may have a $
 
 # %% ../nbs/05_record.ipynb #6c2cb2cc
 def plot_steps(
@@ -385,7 +386,8 @@ def _plot_columns(ax, history, smooth, labels):
     ax.grid(alpha=.3)
 
 # %% ../nbs/05_record.ipynb #34cc8857
-def _class_names(vocab, n): return [truncstr(str(i), 14, suf='…') for i in (range(n) if vocab is None else vocab)]
+def _class_names(vocab, n):
+    return [truncstr(escape_name(str(i)), 14, suf='…') for i in (range(n) if vocab is None else vocab)]
 
 def _plot_classes(ax, by_class, vocab):
     "How many pseudo-labels of each class count, as colours; none where there are no labels of a class"
@@ -396,7 +398,7 @@ def _plot_classes(ax, by_class, vocab):
                          vmin=0, vmax=1, cmap='viridis')
     ax.set(title='pseudo-labels of each class that count', xlabel='step', ylabel='pseudo-label', ylim=(n-.5,-.5))
     ax.set_facecolor('.9')
-    if n <= 20: ax.set_yticks(range(n), _class_names(vocab, n))
+    if n <= 20: ax.set_yticks(range(n), _class_names(vocab, n), parse_math=False)
     plt.colorbar(mesh, ax=ax, label='share')
 
 def _plot_thresholds(ax, by_class, vocab):
@@ -432,7 +434,7 @@ def fit_titles(
     size       # Of the letters, in points
 )->tuple: # `(titles, ncols, width, height)`, of a column and of a title, in inches
     "Columns grow with long titles up to twice their width, and are fewer then; what is longer still is cut"
-    lines,letter = [t.split('\n') for t in titles],.62*size/72
+    lines,letter = [escape_name(t).split('\n') for t in titles],.62*size/72
     longest,n_lines = max(len(o) for t in lines for o in t),max(map(len, lines))
     width = min(max(min_width, letter*(longest+2)), 2*min_width)
     titles = ['\n'.join(truncstr(o, int(width/letter)-1, suf='…') for o in t) for t in lines]

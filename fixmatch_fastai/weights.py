@@ -13,8 +13,7 @@ import torch
 from fastai.learner import Learner, join_path_file
 from fastai.torch_basics import Tensor, distrib_barrier, get_model, patch, rank_distrib
 from fastcore.xtras import truncstr
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from . import __version__
 from .core import replacing
@@ -31,6 +30,9 @@ def _tied_names(state):
 def _weights_file(learn, file):
     return join_path_file(str(file).removesuffix('.safetensors'), learn.path/learn.model_dir, ext='.safetensors')
 
+def _json(o): # readable, but for the names that are no text: JSON knows the escapes that these become
+    return json.dumps(o, ensure_ascii=False).encode(errors='backslashreplace').decode()
+
 def _vocab(learn):
     vocab = getattr(learn.dls, 'vocab', None)
     return None if vocab is None else [str(o) for o in vocab]
@@ -44,7 +46,7 @@ def save_weights(self:Learner,
     file,vocab = _weights_file(self, file),_vocab(self)
     if rank_distrib(): return file
     text = {'format': 'pt', 'fixmatch_fastai': __version__}
-    if vocab is not None: text['vocab'] = json.dumps(vocab, ensure_ascii=False)
+    if vocab is not None: text['vocab'] = _json(vocab)
     state = get_model(self.model).state_dict()
     plain = lambda v: v.detach().cpu().as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
     with replacing(file) as tmp: save_file({name: plain(state[name]) for name,*_ in _tied_names(state)}, tmp, text)
@@ -52,8 +54,10 @@ def save_weights(self:Learner,
 
 # %% ../nbs/08a_weights.ipynb #861cd69a
 def _read_weights(file)->tuple: # Tensors by name, text by name
-    try:
-        with safe_open(file, 'pt') as f: return {name: f.get_tensor(name) for name in f.keys()},f.metadata() or {}
+    try: # `safe_open` takes no path that is not UTF-8
+        data = file.read_bytes()
+        header = data[8:8+int.from_bytes(data[:8], 'little')]
+        return load(data),json.loads(header).get('__metadata__', {})
     except FileNotFoundError: raise
     except Exception as e:
         raise ValueError(f"The file {file.name} can't be read as safetensors, it is damaged or something else: "

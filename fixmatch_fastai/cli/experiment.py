@@ -9,7 +9,7 @@ __all__ = ['main']
 import argparse,os
 from pathlib import Path
 
-from ..console import CommandError, to_stderr, warnings_as_notes
+from ..console import CommandError, names_as_text, to_stderr, warnings_as_notes
 from ..experiment.config import config_yaml, help_table, read_config, resolved
 
 # %% ../../nbs/cli/06_experiment.ipynb #a4c381c1
@@ -31,6 +31,7 @@ def _train(config):
     print(f'Written to {Path(config.out)/config.name}: results.csv, and a folder for each seed')
 
 # %% ../../nbs/cli/06_experiment.ipynb #dea65076
+@names_as_text()
 def main(
     argv=None # Arguments as text; default: the command line's
 )->int: # Exit code: 0, 2 for a mistake in the arguments, 130 after Ctrl-C

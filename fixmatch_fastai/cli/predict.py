@@ -89,7 +89,7 @@ def fixmatch_predict(
         raise CommandError(f"--out {out} is a folder: give the name of a table, as {out/'predictions.csv'}.")
     _check_learner(learner)
     import pandas as pd
-    from fixmatch_fastai.experiment.output import save_csv
+    from fixmatch_fastai.core import save_csv
     from fixmatch_fastai.self_training import predictions
     files,learn = _image_files(as_paths(files)),_load(learner)
     vocab,rows = [str(o) for o in learn.dls.vocab],[]
@@ -99,6 +99,6 @@ def fixmatch_predict(
         rows.append(_row(files[i], probs, why, vocab, topk))
         progress.update(i+1)
     out.parent.mkdir(parents=True, exist_ok=True)
-    df = pd.DataFrame(rows)
+    df = pd.DataFrame(rows, dtype=object) # names that are no text too
     save_csv(df[sorted(df, key=lambda o: o == 'error')], out) # last, whichever file comes first
     return _summarize(df, out)

@@ -19,7 +19,7 @@ from .. import __version__
 from .. import weights # noqa: F401  `learn.save_weights`
 from .training import Training
 from ..core import replacing
-from ..experiment.output import save_csv, save_figure, without_formulas
+from ..experiment.output import save_csv, save_figure, save_text
 from ..interpret import PseudoLabelInterpretation
 from ..self_training.compare import paired_interval, wilson_interval
 from jinja2 import Environment, StrictUndefined
@@ -109,11 +109,10 @@ def save_pictures(res:Results):
     "`training.png`, `pseudo_labels.png`, `acceptance.png` and `confusion.png`"
     set_seed(res.run.options.seed)
     out,fix_match = res.run.out,res.learn.fix_match
-    with without_formulas():
-        save_figure(fix_match.plot()[0].figure, out/'training.png')
-        save_figure(fix_match.show_pseudo_labels(16), out/'pseudo_labels.png')
-        save_figure(res.interp.plot_acceptance().figure, out/'acceptance.png')
-        save_figure(_plot_confusion(res), out/'confusion.png')
+    save_figure(fix_match.plot()[0].figure, out/'training.png')
+    save_figure(fix_match.show_pseudo_labels(16), out/'pseudo_labels.png')
+    save_figure(res.interp.plot_acceptance().figure, out/'acceptance.png')
+    save_figure(_plot_confusion(res), out/'confusion.png')
 
 def save_results(res:Results):
     "Learner, weights, `pseudo_labels.csv`, `to_label.csv` (which images to label next), pictures; the report last"
@@ -123,7 +122,7 @@ def save_results(res:Results):
     save_csv(res.interp.to_df(), out/'pseudo_labels.csv')
     save_csv(res.interp.suggest_labels(min(20, len(res.interp))), out/'to_label.csv')
     save_pictures(res)
-    with replacing(out/'report.html') as tmp: tmp.write_text(report(res), encoding='utf-8')
+    save_text(report(res), out/'report.html')
 
 # %% ../../nbs/cli/06_report.ipynb #6b96bf05
 def _class_rows(res):

@@ -12,14 +12,14 @@ from fastai.torch_basics import Tensor
 from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import create_body, model_meta
 from ..console import CommandError
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 # %% ../../nbs/cli/02_weights.ipynb #b709cd21
 def read_weights(file):
     "Tensors by name"
     wanted = "give a state dict, as a .safetensors or .pth file."
     try:
-        if file.suffix == '.safetensors': found = load_file(file)
+        if file.suffix == '.safetensors': found = load(file.read_bytes()) # any path
         else: found = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e: # of many kinds, from safetensors, zip, pickle and torch
         raise CommandError(f"--weights {file} can't be read as weights ({type(e).__name__}), "

@@ -191,6 +191,9 @@ def read_config(
         name,_,_ = o.partition('=')
         if not name or '=' not in o: raise CommandError(f"{o} is no setting: write name=value, as n_labels=40.")
         try: given = OmegaConf.from_dotlist([o])
+        except UnicodeEncodeError as e:
+            raise CommandError(f"{name} can't have a value that is not UTF-8: "
+                               "change to that folder, and give the path from there.") from e
         except Exception as e: raise CommandError(f"{name} can't have this value: {_first_line(e)}.") from e # of YAML
         conf = _merged(conf, given)
     return OmegaConf.to_object(conf)
@@ -262,7 +265,8 @@ def _decay(steps):
     return 0.999 if steps >= 34658 else 0.5**(1/max(1, 0.02*steps)) # 0.02·34,658 is the half-life of 0.999
 
 def _name(c):
-    data = c.data if c.data in named_datasets else Path(c.data).resolve().name
+    from fixmatch_fastai.core import escape_name
+    data = c.data if c.data in named_datasets else escape_name(Path(c.data).resolve().name)
     return f'{data}_{c.n_labels}_{c.policy}'
 
 # %% ../../nbs/experiment/00_config.ipynb #ca9a24ca

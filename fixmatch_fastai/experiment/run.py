@@ -36,7 +36,6 @@ from .config import read_config, resolved, trackers
 from .datasets import Images, load_images, make_dataloaders
 from .networks import make_network, set_bn_momentum
 from .output import EpochTable, logged_lines, save_csv, save_figure, save_text
-from .output import without_formulas
 from .policies import make_policy
 from .tracking import MLflowCallback
 from ..interpret import PseudoLabelInterpretation
@@ -193,11 +192,10 @@ def result(self:Run)->dict:
 @patch
 def save_figures(self:Run, interp):
     learn,semi = self.learn,self.config.policy != 'supervised'
-    with without_formulas():
-        save_figure(plot_accuracy(self.history, self.config.eval_every).figure, self.folder/'accuracy.png')
-        save_figure(interp.plot_acceptance().figure, self.folder/'acceptance.png')
-        if semi: save_figure(learn.fix_match.plot()[0].figure, self.folder/'training.png')
-        if semi: save_figure(learn.fix_match.show_pseudo_labels(16), self.folder/'pseudo_labels.png')
+    save_figure(plot_accuracy(self.history, self.config.eval_every).figure, self.folder/'accuracy.png')
+    save_figure(interp.plot_acceptance().figure, self.folder/'acceptance.png')
+    if semi: save_figure(learn.fix_match.plot()[0].figure, self.folder/'training.png')
+    if semi: save_figure(learn.fix_match.show_pseudo_labels(16), self.folder/'pseudo_labels.png')
 
 @patch
 def save(self:Run)->dict: # `result`

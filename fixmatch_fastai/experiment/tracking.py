@@ -16,7 +16,7 @@ from fastai.torch_basics import first, get_model, patch, rank_distrib, store_att
 from .. import __version__
 from ..callback import FixMatch
 from ..checkpoint import AroundEpochs
-from ..core import first_line, len_of
+from ..core import escape_name, first_line, len_of
 from ..ema import ModelEMA
 
 # %% ../../nbs/experiment/05_tracking.ipynb #9fcbaf2d
@@ -182,7 +182,8 @@ def _begin(self:MLflowCallback, client):
     run = client.get_run(self.run_id).data
     self._sent = int(run.tags.get('fixmatch_fastai.step', 0))
     params = {} if run.params else {**_learner_params(self.learn), **(self.params or {})}
-    client.log_batch(self.run_id, params=[Param(str(k)[:250], str(v)[:6000]) for k,v in params.items()])
+    own = [Param(str(k)[:250], escape_name(str(v))[:6000]) for k,v in params.items()]
+    client.log_batch(self.run_id, params=own)
     self._begun = True
 
 @patch

@@ -24,7 +24,7 @@ from fastai.torch_basics import (
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 
-from ..core import finished, first_line, item_at, replacing
+from ..core import as_series, escape_name, finished, first_line, item_at, read_csv, save_csv, unescape_name
 from ..labeled import WeakTransform
 from fixmatch_fastai.self_training.soft_labels import (
     LogitsMSELoss, SoftCategory, SoftCrossEntropyLoss, SoftLabel, present_classes
@@ -150,7 +150,7 @@ def _call_fingerprint(learn, items, *options):
     "Tells calls apart whose predictions must not be mixed"
     found = zlib.crc32(repr(options).encode())
     if not hasattr(items, 'iloc'):
-        for o in items: found = zlib.crc32(str(_file_or_number(o, '')).encode(), found)
+        for o in items: found = zlib.crc32(str(_file_or_number(o, '')).encode(errors='backslashreplace'), found)
     return weights_fingerprint(learn.model, found)
 
 # %% ../../nbs/self_training/02_table.ipynb #e893f994
@@ -188,14 +188,17 @@ def _kept_rows(rows, threshold, top_k_per_class):
     return np.sort(kept[rank < top_k_per_class])
 
 # %% ../../nbs/self_training/02_table.ipynb #198ff3de
+def _columns_of(name, vocab): return [f'{name}_{escape_name(str(o))}' for o in vocab]
+
 def _as_table(items, rows, kept, vocab, soft):
     "The kept rows as a DataFrame, of which soft labels are one block that is not copied where all are kept"
     values = rows['soft'] if len(kept) == len(rows) else rows['soft'][kept]
     name = 'logit' if soft == 'logits' else 'prob'
-    df = pd.DataFrame(values, columns=[f'{name}_{o}' for o in vocab]*bool(soft), copy=False)
+    df = pd.DataFrame(values, columns=_columns_of(name, vocab)*bool(soft), copy=False)
     is_frame = hasattr(items, 'iloc')
-    df.insert(0, 'file', [items.index[i] if is_frame else _file_or_number(items[i], i) for i in kept.tolist()])
-    df.insert(1, 'predicted', [vocab[i] for i in rows['target'][kept].tolist()])
+    files = [items.index[i] if is_frame else _file_or_number(items[i], i) for i in kept.tolist()]
+    df.insert(0, 'file', as_series(files))
+    df.insert(1, 'predicted', as_series([vocab[i] for i in rows['target'][kept].tolist()]))
     df.insert(2, 'confidence', rows['confidence'][kept])
     return df
 
@@ -213,8 +216,7 @@ def _warn_of_table(df, rows, errors, items, threshold):
 
 def _write_table(df, out):
     "Write it, and remove the `.part` files of other teachers too, which nobody will go on with"
-    # a few rows at a time, as text is large
-    with replacing(out) as tmp: df.to_csv(tmp, index=False, chunksize=max(1, 20_000//df.shape[1]))
+    save_csv(df, out)
     for o in out.parent.iterdir():
         if re.fullmatch(re.escape(out.name)+r'\.[0-9a-f]{8}\.part', o.name): o.unlink()
 
@@ -274,7 +276,7 @@ def read_pseudo_labels(
     vocab=None # The classes, where these are no text: numbers for example
 )->pd.DataFrame:
     "A table of pseudo-labels as it was written"
-    df = pd.read_csv(file, dtype=dict(predicted=str), keep_default_na=False, float_precision='round_trip')
+    df = read_csv(file, dtype=dict(predicted=str), keep_default_na=False, float_precision='round_trip')
     if not {'file','predicted','confidence'} <= set(df.columns):
         raise ValueError(f"{file} is no table of pseudo-labels: it has the columns "
                          f"{', '.join(map(str, df.columns[:5]))}, and not `file`, `predicted` and `confidence`.")
@@ -306,7 +308,7 @@ class TableLabels:
     ):
         _check_table(table)
         self.label_func,columns = label_func,_soft_columns(table)[0]
-        self.names = [o.split('_', 1)[1] for o in columns]
+        self.names = [unescape_name(o.split('_', 1)[1]) for o in columns]
         values = table[columns].to_numpy('float32') if columns else table.predicted.tolist()
         self.labels = dict(zip(map(_absolute_path, table.file), values))
 
@@ -395,7 +397,7 @@ def _targets(table, vocab, labeled):
     if not columns:
         o2i = {str(o): i for i,o in enumerate(vocab)}
         return torch.tensor([o2i[str(o)] for o in table.predicted], dtype=torch.long)
-    if columns != [f'{"logit" if logits else "prob"}_{o}' for o in vocab]:
+    if columns != _columns_of('logit' if logits else 'prob', vocab):
         raise ValueError(f"The table has columns of {len(columns)} classes, {columns[0]} to {columns[-1]}, but the "
                          f"DataLoaders have {len(vocab)}, {vocab[0]} to {vocab[-1]}: "
                          "make it with a learner of the same classes.")
@@ -454,7 +456,8 @@ def balance_classes(
     _check_table(table)
     check_count('n', n, 'a number of rows')
     by_confidence = table.sort_values('confidence', ascending=False, kind='stable')
-    groups = [o for _,o in by_confidence.groupby('predicted')]
+    codes = np.unique(by_confidence.predicted.to_numpy(object), return_inverse=True)[1]
+    groups = [o for _,o in by_confidence.groupby(codes)]
     if not groups: raise ValueError("The table is empty: there is nothing to balance.")
     n = n or round(len(table)/len(groups))
     return pd.concat([o.iloc[np.arange(n) % min(n, len(o))] for o in groups], ignore_index=True)

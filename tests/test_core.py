@@ -1,0 +1,49 @@
+"Tables on the disk: any name of a file comes back, and what is written is whole text, or was not written"
+
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fixmatch_fastai.core import as_series, escape_name, read_csv, save_csv, unescape_name
+
+ODD = os.fsdecode(b'caf\xe9') if os.name != 'nt' else 'caf\udce9'
+NAMES = [ODD, 'a\r', 'a\r\nb', r'\udce9', 'a,b', '"q"', "'", '<b>&amp;', '$x_1$', ' a ', '\U0001f600', 'y' * 300]
+
+
+@given(st.text(st.sampled_from(list('\\u0dce589\r\n') + ['\udce9', '\ud800', 'é'])))
+def test_any_name_is_found_again(name):
+    text = escape_name(name)
+    assert unescape_name(text) == name and '\r' not in text
+    text.encode()
+
+
+def test_names_that_are_text_stay_as_they_are():
+    for o in ('café 猫.jpg', 'C:\\users\\1.jpg', 'a\nb', '\\ud', '\\u2024', ''):
+        assert escape_name(o) == o
+
+
+def test_a_table_comes_back_as_it_was(tmp_path):
+    df = pd.DataFrame({'file': as_series(NAMES), 'confidence': 0.5, 'right': True})
+    before = df.copy()
+    save_csv(df, tmp_path / 'a.csv')
+    pd.testing.assert_frame_equal(df, before)
+    pd.testing.assert_frame_equal(read_csv(tmp_path / 'a.csv'), df)
+    plain = pd.read_csv(tmp_path / 'a.csv')  # as anyone reads it
+    assert plain.file.tolist() == [escape_name(o) for o in NAMES] and list(plain) == list(df)
+    save_csv(df.assign(file=[Path(o) for o in NAMES]).iloc[::2], tmp_path / 'a.csv')
+    assert read_csv(tmp_path / 'a.csv').file.tolist() == NAMES[::2]
+
+
+def test_a_table_is_whole_or_as_it_was(tmp_path):
+    class Stopped:
+        def __str__(self):
+            raise KeyboardInterrupt
+
+    (tmp_path / 'a').write_text('old')
+    with pytest.raises(KeyboardInterrupt):
+        save_csv(pd.DataFrame({'a': ['half', Stopped()]}), tmp_path / 'a')
+    assert (tmp_path / 'a').read_text() == 'old' and len(list(tmp_path.iterdir())) == 1
