@@ -6,7 +6,7 @@
 __all__ = ['split_valid', 'find_pool', 'flat', 'Images', 'find_images']
 
 # %% ../../nbs/cli/01_folders.ipynb #ed9a8bc1
-import filecmp,random,warnings
+import filecmp,warnings
 from dataclasses import dataclass
 
 from fastai.torch_basics import L, groupby
@@ -14,6 +14,7 @@ from .options import Options
 from ..console import CommandError
 from ..class_folders import image_files
 from ..duplicates import file_size
+from ..labeled import split_classes
 from ..experiment.datasets import check_readable, class_files, damaged_images
 
 # %% ../../nbs/cli/01_folders.ipynb #8d8049d1
@@ -35,17 +36,11 @@ def split_valid(
     seed:int
 )->tuple: # `(train, valid)`, by class
     "Keep some labelled images to validate on"
-    rng = random.Random(seed)
-    train,valid = {},{}
-    for k,files in images.items():
-        if len(files) < 2:
-            raise CommandError(f"There is only one labelled image of {k!r}, so none is left to validate on: "
-                               "add one, or give a folder with --valid.")
-        n = min(len(files)-1, max(1, round(share*len(files))))
-        kept = set(rng.sample(range(len(files)), n))
-        train[k] = L(o for i,o in enumerate(files) if i not in kept)
-        valid[k] = L(o for i,o in enumerate(files) if i in kept)
-    return train,valid
+    alone = ', '.join(repr(k) for k,files in images.items() if len(files) < 2)
+    if alone:
+        raise CommandError(f"There is only one labelled image of {alone}, so none is left to validate on: "
+                           "add one, or give a folder with --valid.")
+    return tuple({k: L(v) for k,v in side.items()} for side in split_classes(images, share, seed))
 
 # %% ../../nbs/cli/01_folders.ipynb #9cdbd7fd
 def _copies(files, others):

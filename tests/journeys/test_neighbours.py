@@ -2,7 +2,10 @@
 
 import csv
 import math
+import re
+from collections import Counter
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +34,7 @@ from fastai.vision.all import (
     get_image_files,
     imagenet_stats,
     load_learner,
+    parent_label,
     resnet18,
     set_seed,
     vision_learner,
@@ -220,7 +224,26 @@ def photos(jpegs, item_tfms, bs=8, **kwargs):
 
 
 @pytest.mark.slow
-def test_the_readme_snippet(jpegs, fake_weights):
+def test_the_first_lines_of_the_readme(jpegs, fake_weights, monkeypatch):
+    "As they stand there, but for a smaller network, smaller images and fewer steps"
+    readme = (Path(__file__).parents[2] / 'README.md').read_text(encoding='utf-8')
+    first, second = re.findall(r'```python\n(.*?)```', readme, re.S)[:2]
+    for whole, little in (('(128)', '(32)'), ('repeat_train(100)', 'repeat_train(3)'), ('resnet34', 'resnet18')):
+        assert whole in first
+        first, second = first.replace(whole, little), second.replace(whole, little)
+    names = {'path': jpegs}
+    exec(first, names)
+    dls, history = names['dls'], names['learn'].fix_match.history
+    assert [Counter(map(parent_label, o.items)) for o in (dls.train_ds, dls.valid_ds)] == [
+        *({'a': 10, 'b': 10}, {'a': 2, 'b': 2})
+    ]
+    assert len(history) == 9 and (history.mask_rate > 0).any()
+    exec(second.replace('(unlabeled_dl)', '(unlabeled_dl, n_steps=3)'), names)
+    assert len(names['learn'].fix_match.history) == 3
+
+
+@pytest.mark.slow
+def test_a_vision_learner_normalises_both_sides(jpegs, fake_weights):
     "Both sides are normalised, by the pipeline that `vision_learner` changes after the loader was made"
     dls = photos(jpegs, Resize(32)).repeat_train(2)
     unlabeled_dl, look = dls.unlabeled_dl(get_image_files(jpegs / 'unlabeled'), mu=2), Inputs()
