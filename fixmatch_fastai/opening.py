@@ -48,8 +48,8 @@ def _is_jpeg(img): return img.format in ('JPEG','MPO')
 
 def _decode(img, mode, turn, at_least=None):
     if at_least and _is_jpeg(img):
-        box = img.draft(None, (at_least,at_least))[1] # what is really there of the pixels that are decoded
-        if box[2:] != img.size: img = img.resize([round(o) for o in box[2:]], Image.Resampling.LANCZOS, box)
+        _,box = img.draft(None, (at_least,at_least)) or (None,None) # `box` is what the photo takes of its pixels
+        if box and box[2:] != img.size: img = img.resize([round(o) for o in box[2:]], Image.Resampling.LANCZOS, box)
     img = to_8_bits(ImageOps.exif_transpose(img) if turn else img)
     return img.convert(mode) if isinstance(img, ImageFile.ImageFile) or mode not in (None,img.mode) else img
 
@@ -107,7 +107,7 @@ def crop_pad(self:LateImage, sz, tl=None, orig_sz=None, pad_mode=PadMode.Zeros,
     late = self._open_file is not None and isinstance(sz, tuple) and tl is not None and resize_to is not None
     times = _times_smaller(sz, resize_to) if late else 1
     if times < 2 or pad_mode not in _padding or resize_mode == Image.Resampling.NEAREST:
-        return Image.Image.crop_pad(self, sz, tl, orig_sz, pad_mode, resize_mode, resize_to)
+        return super(LateImage, self).crop_pad(sz, tl, orig_sz, pad_mode, resize_mode, resize_to)
     img = self._open_file(at_least=min(self.size)//times)
     scale = np.divide(img.size, self.size)
     start,end = (np.round(o*scale, 6) for o in (np.array(tl),np.add(tl, sz)))
@@ -129,7 +129,7 @@ class UprightImageBW(UprightImage):
 
 # %% ../nbs/00c_opening.ipynb #d0f12424
 _TURN = 274 # EXIF's tag of the orientation
-_large = 512 # pixels of the shorter side from which an image may be late; others are decoded at once
+_large = 512 # pixels of the shorter side from which a photo is late; others are soon decoded
 
 def _quarter_turned(img): return img.getexif().get(_TURN) in (5,6,7,8)
 
@@ -158,7 +158,7 @@ class OpenImage(Transform):
 
     def _open_jpeg(self, file, img):
         mode,turn = {**self.cls._open_args, **self.kwargs}['mode'] or img.mode,issubclass(self.cls, UprightImage)
-        if min(img.size) < _large: return self.cls(_decode(img, mode, turn))
+        if min(img.size) < _large or mode not in ('L','RGB'): return self.cls(_decode(img, mode, turn))
         size = img.size[::-1] if turn and _quarter_turned(img) else img.size
         return _late(self.cls).of_file(functools.partial(_open_file, file, mode, turn), mode, size)
 
