@@ -19,11 +19,14 @@ from PIL import Image
 
 from .augment import to_view_mode, uint8_tensor
 from .core import unwrap_dl
+from .opening import LateImage, open_late
 
 # %% ../nbs/00b_pipeline.ipynb #561c9fbb
+def _first(o): return o[0] if isinstance(o, tuple) else o
+
 def as_pil(o)->Image.Image:
     "What an input pipeline returned, as a PIL image"
-    if isinstance(o, tuple): o = o[0]
+    o = _first(o)
     if isinstance(o, Image.Image): return o
     if isinstance(o, torch.Tensor) and o.dtype == torch.uint8 and o.ndim == 3:
         o = o.permute(1,2,0).squeeze(-1).cpu().numpy()
@@ -40,7 +43,10 @@ def first_readable(
     "The first image that can be opened; a ValueError where none can"
     damaged = {}
     for i in itertools.islice(idxs, tries):
-        try: return i,images[i],damaged
+        try:
+            opened = images[i]
+            if isinstance(_first(opened), LateImage): _first(opened).verify()
+            return i,opened,damaged
         except Exception as e: # what damaged files make PIL raise is of many kinds
             damaged[i],error = f'{type(e).__name__}: {e}',e.with_traceback(None) # which would keep the file open
     i = next(iter(damaged))
@@ -49,8 +55,6 @@ def first_readable(
                      "Check the files, and the transforms that open them.") from error
 
 # %% ../nbs/00b_pipeline.ipynb #a15debcf
-def _first(o): return o[0] if isinstance(o, tuple) else o
-
 class ImageWay:
     "What the item transforms of validation do to an image, with a place in between where views are drawn"
     def __init__(self,
@@ -68,7 +72,8 @@ class ImageWay:
 
     def picture(self, opened)->Image.Image:
         "What `opened` returned, as an image on which views are drawn"
-        img = as_pil(_first(opened))
+        img = as_pil(opened)
+        img.load() # a late one, so that its error belongs to it
         return img if self.size in (None,img.size) else img.resize(self.size, Image.Resampling.BILINEAR)
 
     def tensor(self, view): # uint8 → tensor, (channels, H, W)
@@ -155,8 +160,8 @@ class PoolImages:
         dataset,        # Opens image `i`: what fastai's `test_set` returns
         dls:DataLoaders # Whose validation transforms resize it
     ):
-        valid,self.dataset = unwrap_dl(dls.valid),dataset
-        item = first_readable(dataset, range(len(self)))[1]
+        valid,self.dataset = unwrap_dl(dls.valid),open_late(dataset)
+        item = first_readable(self.dataset, range(len(self)))[1]
         self.way = shared_way(item, list(valid.after_item.fs), list(valid.after_batch.fs), dls.device)
 
     def __len__(self): return len(self.dataset)

@@ -9,6 +9,7 @@ from fastai.vision.all import (
     DataBlock,
     DisplayedTransform,
     Flip,
+    FlipItem,
     ImageBlock,
     IntToFloatTensor,
     ItemTransform,
@@ -16,6 +17,7 @@ from fastai.vision.all import (
     PILImage,
     PILImageBW,
     Pipeline,
+    RandomResizedCrop,
     RandomResizedCropGPU,
     Resize,
     TensorImage,
@@ -23,6 +25,7 @@ from fastai.vision.all import (
     TfmdLists,
     ToTensor,
     Transform,
+    TransformBlock,
     aug_transforms,
     compose_tfms,
     parent_label,
@@ -33,6 +36,7 @@ from PIL import Image
 
 from fixmatch_fastai.augment import FixMatchBatchTransform, FixMatchTransform
 from fixmatch_fastai.core import finished
+from fixmatch_fastai.opening import OpenImage, UprightImage
 from fixmatch_fastai.pipeline import both_ways, shared_way
 
 
@@ -264,6 +268,62 @@ def test_any_pipeline_is_the_same_on_both_sides_or_refused(photos, in_items, in_
     else:
         _, labeled, view = both_ways(*both)
         torch.testing.assert_close(view, labeled)
+
+
+@pytest.fixture(scope='module')
+def large_photos(tmp_path_factory):
+    "Six JPEG files of 1000 by 800 pixels, in two class folders"
+    folder, rng = tmp_path_factory.mktemp('large'), np.random.default_rng(0)
+    for i in range(6):
+        (folder / 'ab'[i % 2]).mkdir(exist_ok=True)
+        img = Image.fromarray(rng.integers(0, 256, (80, 100, 3), np.uint8)).resize((1000, 800))
+        img.save(folder / 'ab'[i % 2] / f'{i}.jpg', quality=90)
+    return sorted(folder.rglob('*.jpg'))
+
+
+def cut_first(file):
+    return PILImage(PILImage.create(file).crop((0, 0, 900, 700)))
+
+
+@pytest.mark.parametrize('tfms, late', [
+    (dict(item_tfms=Resize(64)), True),
+    (dict(item_tfms=Resize(64), img_cls=UprightImage), True),
+    (dict(item_tfms=Resize(64, 'pad'), img_cls=PILImageBW), True),
+    (dict(item_tfms=Resize((32, 64), 'squish')), True),
+    (dict(item_tfms=[RandomResizedCrop(64), FlipItem()]), True),
+    (dict(item_tfms=[Resize(64), Negative()]), True),
+    (dict(item_tfms=Resize(96), batch_tfms=aug_transforms(size=64)), True),
+    (dict(item_tfms=[CropPad(400), Resize(64)]), False),  # `CropPad` comes first
+    (dict(item_tfms=[Early(), Resize(64)]), False),
+    (dict(item_tfms=[Resize(64), Turn()]), False),  # whose order is 0, that of `Resize` 1
+    (dict(item_tfms=Resize(64), img_cls=YCbCrImage), False),  # fastai's `Resize` loses its mode
+    (dict(item_tfms=Resize(600)), False),
+    (dict(), False),
+])  # fmt: skip
+def test_large_photos_of_a_pool_are_decoded_small(large_photos, tfms, late):
+    weak, _ = difference(make_dls(large_photos, **tfms), large_photos)
+    if late and 'batch_tfms' not in tfms:
+        assert 0 < weak < 30 / 255
+    elif not late:
+        assert weak == 0
+
+
+def test_only_known_ways_of_opening_are_changed(large_photos):
+    for opener in (cut_first, lambda o: PILImage.create(o), OpenImage()):
+        block = DataBlock((TransformBlock(opener, batch_tfms=IntToFloatTensor), CategoryBlock), get_y=parent_label,
+                          item_tfms=Resize(64))  # fmt: skip
+        assert difference(block.dataloaders(large_photos, bs=2, num_workers=0), large_photos) == (0, 0)
+
+
+@pytest.mark.parametrize('cache', [False, True])
+@pytest.mark.parametrize('item_tfms', [Resize(64), None])
+def test_large_photos_that_are_damaged_are_replaced(large_photos, tmp_path, item_tfms, cache):
+    torn = tmp_path / 'torn.jpg'
+    torn.write_bytes(large_photos[0].read_bytes()[:20000])
+    dls = make_dls(large_photos, item_tfms=item_tfms)
+    dl = dls.unlabeled_dl([torn, *large_photos[:3]], mu=1, bs=4, cache=cache)
+    next(dl.stream())
+    assert dl.damaged['item'].tolist() == [torn] and f'{torn} can' in dl.damaged['error'].item()
 
 
 @pytest.mark.parametrize('predict', ['get_preds', 'validate', 'tta'])

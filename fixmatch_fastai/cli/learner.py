@@ -19,6 +19,7 @@ from .weights import image_stats, load_body
 from ..console import CommandError, unknown_name
 from ..core import first_line
 from ..labeled import WeakTransform, labeled_dls
+from ..opening import OpenImage
 from ..experiment.policies import named_policies
 
 # %% ../../nbs/cli/03_learner.ipynb #61581541
@@ -53,7 +54,7 @@ def make_dataloaders(options:Options, images:Images):
     if not options.pretrained: stats = imagenet_stats
     elif options.weights: stats = image_stats(network_named(options.arch))
     item_tfms = [Resize(options.size),WeakTransform(weak_augment(flip=options.flip))]
-    return labeled_dls(flat(images.train), flat(images.valid), item_tfms, stats=stats, vocab=images.classes,
+    return labeled_dls(flat(images.train), flat(images.valid), item_tfms, OpenImage(), stats, images.classes,
                        n_batches=options.steps, bs=options.bs, val_bs=4*options.bs, workers=options.workers)
 
 def make_unlabeled_dl(options:Options, images:Images, dls):

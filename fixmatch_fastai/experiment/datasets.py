@@ -25,7 +25,7 @@ from ..class_folders import image_files, system_folders
 from ..augment import FixMatchBatchTransform, FixMatchTransform, strong_augment, weak_augment
 from ..console import CommandError, unknown_name
 from ..labeled import WeakTransform, digits_path, labeled_dls, split_labeled
-from ..opening import UprightImage, UprightImageBW
+from ..opening import OpenImage, UprightImage, UprightImageBW
 from .config import ExperimentConfig, named_datasets
 
 # %% ../../nbs/experiment/03_datasets.ipynb #502d484f
@@ -174,7 +174,9 @@ def channel_stats(
     sizes,moments = set(),[]
     for img in map(opener, files[::max(1, len(files)//most)]):
         sizes.add(img.size)
-        if size is not None: img = img.resize((size,size))
+        if size is not None:
+            img.draft(None, (2*size,2*size)) # a late one is decoded no larger
+            img = img.resize((size,size))
         pixels = np.asarray(img, dtype=np.float64).reshape(img.size[0]*img.size[1], -1)/255
         moments.append((pixels.mean(0), (pixels**2).mean(0)))
     if size is None and len(sizes) > 1:
@@ -208,7 +210,7 @@ def _from_folder(folder, size):
         raise CommandError(f"data {folder}: test/ has a class {min(unknown)!r} that train/ has not.")
     for files in (train,test): check_readable(files, size)
     with Image.open(train[0]) as img: grey = img.mode == 'L'
-    opener = (UprightImageBW if grey else UprightImage).create
+    opener = OpenImage(UprightImageBW if grey else UprightImage)
     unlabeled = image_files(folder/'unlabeled') if (folder/'train').is_dir() else L()
     return Images(train, test, unlabeled, channel_stats(train, opener, size), opener, grey)
 
