@@ -741,6 +741,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fixmatch_fastai/duplicates.py'),
                                             'fixmatch_fastai.duplicates.Hashes._look': ( 'duplicates.html#hashes._look',
                                                                                          'fixmatch_fastai/duplicates.py'),
+                                            'fixmatch_fastai.duplicates.Hashes._open': ( 'duplicates.html#hashes._open',
+                                                                                         'fixmatch_fastai/duplicates.py'),
                                             'fixmatch_fastai.duplicates.Hashes.damaged': ( 'duplicates.html#hashes.damaged',
                                                                                            'fixmatch_fastai/duplicates.py'),
                                             'fixmatch_fastai.duplicates.Hashes.n': ( 'duplicates.html#hashes.n',

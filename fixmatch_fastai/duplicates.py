@@ -21,7 +21,7 @@ from torch.utils.data import Subset
 from .core import item_at
 from .data import UnlabeledViews
 from .kinds import kind_of
-from .opening import is_blank, left_lying
+from .opening import is_blank, left_lying, open_late
 from .pipeline import as_pil
 
 # %% ../nbs/08b_duplicates.ipynb #5b9dd5b7
@@ -54,7 +54,9 @@ def images_of(ds)->DatasetImages:
         inner = images_of(ds.dataset)
         return inner and DatasetImages([inner.item(i) for i in ds.indices], lambda i: inner.get(ds.indices[i]))
     tls = [ds] if isinstance(ds, TfmdLists) else getattr(ds, 'tls', ())
-    if len(tls): return DatasetImages(tls[0].items, lambda i: as_pil(tls[0][i]))
+    if len(tls):
+        late = open_late(tls[0])
+        return DatasetImages(late.items, lambda i: as_pil(late[i]))
     samples = getattr(ds, 'samples', None) # torchvision's `ImageFolder`
     return DatasetImages([o[0] for o in samples], lambda i: Image.open(samples[i][0])) if samples else None
 
@@ -78,13 +80,20 @@ class Hashes:
         self.pixels,self.looks,self.kinds,self.sizes,self.errors = {},{},{},{},{}
         self.blank,self.lying = [],[]
         for i in watch(sample_idxs(len(images), n)):
-            try: img = images.get(i).convert('RGB')
+            try: self.sizes[i],img = self._open(i)
             except Exception as e: self.errors[i] = f'{type(e).__name__}: {e}' # PIL raises many kinds
             else: self._look(i, img, phash)
 
+    def _open(self, i, least=256):
+        "`(size, image)`; of a large JPEG a smaller one, of `least` pixels on a side or more"
+        img = self.images.get(i)
+        size = img.size
+        img.draft(None, (least,least))
+        return size,img.convert('RGB')
+
     def _look(self, i, img, phash):
-        self.pixels[i] = img.size,hashlib.blake2b(img.tobytes(), digest_size=16).digest()
-        self.kinds[i],self.sizes[i] = kind_of(img),img.size
+        self.pixels[i] = self.sizes[i],hashlib.blake2b(img.tobytes(), digest_size=16).digest()
+        self.kinds[i] = kind_of(img)
         if phash: self.looks[i] = phash(img)
         if is_blank(img): self.blank.append(i)
         elif isinstance(file := self.images.item(i), (str,Path)) and left_lying(file, img): self.lying.append(i)

@@ -76,14 +76,14 @@ def workers_of(dl)->int:
     "Processes in which fastai's or torch's loader works, 0 where it does not tell"
     return getattr(getattr(dl, 'fake_l', dl), 'num_workers', 0) or 0
 
-def labeled_batches(dl, n:int)->Loaded:
-    "Labelled batches that have `n` images or more, made in this process"
+def labeled_batches(dl, n:int, most:float=5)->Loaded:
+    "Labelled batches that have `n` images or more, made in this process, or as many as come in `most` seconds"
     dl,batches,start = unwrap_dl(dl),[],time.perf_counter()
     with dl.fake_l.no_multiproc() if hasattr(dl, 'fake_l') else nullcontext():
         for b in dl:
             batches.append(b)
             n -= len(b[0])
-            if n <= 0: break
+            if n <= 0 or time.perf_counter()-start > most: break
     return Loaded(batches, (time.perf_counter()-start)/max(1, len(batches)))
 
 # %% ../nbs/08c_rehearsal.ipynb #ebf3b7d8
