@@ -10,6 +10,7 @@ __all__ = ['near_bits', 'sample_idxs', 'DatasetImages', 'images_of', 'perceptual
 import hashlib,os,random
 
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -55,8 +56,8 @@ def images_of(ds)->DatasetImages:
         return inner and DatasetImages([inner.item(i) for i in ds.indices], lambda i: inner.get(ds.indices[i]))
     tls = [ds] if isinstance(ds, TfmdLists) else getattr(ds, 'tls', ())
     if len(tls):
-        late = open_late(tls[0])
-        return DatasetImages(late.items, lambda i: as_pil(late[i]))
+        late = cache(lambda: open_late(tls[0])) # not before an image is opened
+        return DatasetImages(tls[0].items, lambda i: as_pil(late()[i]))
     samples = getattr(ds, 'samples', None) # torchvision's `ImageFolder`
     return DatasetImages([o[0] for o in samples], lambda i: Image.open(samples[i][0])) if samples else None
 

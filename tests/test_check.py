@@ -409,7 +409,7 @@ def test_at_most_n_are_opened(fine, unseen, monkeypatch):
     noted = lambda cls, fn, **kwargs: opened.append(fn) or create(cls, fn, **kwargs)
     monkeypatch.setattr(PILImageBW, 'create', classmethod(noted))
     for dset in (learn.dls.train_ds, learn.dls.valid_ds, learn.fix_match.unlabeled_dl.dataset.dataset):
-        dset.tls[0].tfms.fs[0] = type(dset.tls[0].tfms.fs[0])(PILImageBW.create)
+        dset.tls[0].tfms.fs[-1] = type(dset.tls[0].tfms.fs[-1])(PILImageBW.create)
     report = check(learn, n=7)
     assert len(opened) == 21
     assert f'looked at 7 of {len(unseen)} unlabelled and 7 of 20 validation images' in report['in validation'].found
