@@ -36,7 +36,7 @@ KNOWS = {
     'augment': '',
     'policy': '',
     'ema': '',
-    'pipeline': 'core augment',
+    'pipeline': 'core augment opening',
     'opening': '',
     'labeled': 'augment opening',
     'data': 'core augment pipeline labeled',
