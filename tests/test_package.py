@@ -36,7 +36,7 @@ KNOWS = {
     'augment': '',
     'policy': '',
     'ema': '',
-    'pipeline': 'core augment',
+    'pipeline': 'core augment opening',
     'opening': '',
     'items': '',
     'truth': 'core items',
