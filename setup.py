@@ -28,7 +28,7 @@ setup(
     package_data={f'{cfg["lib_name"]}.cli': ['report.html']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split(), 'mlflow': cfg['mlflow_requirements'].split()},
+    extras_require={o: cfg[f'{o}_requirements'].split() for o in ('dev', 'mlflow', 'heic')},
     entry_points={
         'console_scripts': cfg['console_scripts'].split('\n'),
         'nbdev': [f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d'],

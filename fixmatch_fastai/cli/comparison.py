@@ -17,7 +17,7 @@ from ..augment import FixMatchTransform, weak_augment
 from ..callback import FixMatch
 from ..console import CommandError, Progress
 from ..labeled import WeakTransform, labeled_dls, split_labeled
-from ..opening import UprightImage, UprightImageBW
+from ..opening import OpenImage, UprightImage, UprightImageBW
 from ..experiment.datasets import check_readable
 from ..experiment.networks import small_cnn
 from ..experiment.output import save_csv, save_figure
@@ -59,7 +59,7 @@ def small_learner(
     "A network of two convolutions for grey or coloured images"
     n_in,img_cls = (1,UprightImageBW) if Image.open(labeled[0]).mode == 'L' else (3,UprightImage)
     resize = [] if size is None else [Resize(size)]
-    dls = labeled_dls(labeled, test, [*resize,WeakTransform(weak)], img_cls.create, ([.3]*n_in,[.33]*n_in),
+    dls = labeled_dls(labeled, test, [*resize,WeakTransform(weak)], OpenImage(img_cls), ([.3]*n_in,[.33]*n_in),
                       n_batches=n_batches, val_bs=256)
     return Learner(dls, small_cnn(n_in, dls.c), metrics=accuracy)
 

@@ -24,6 +24,7 @@ from .. import data # noqa: F401  `dls.unlabeled_dl`
 from ..class_folders import image_files, system_folders
 from ..augment import FixMatchBatchTransform, FixMatchTransform, strong_augment, weak_augment
 from ..console import CommandError, unknown_name
+from ..core import first_line
 from ..labeled import WeakTransform, digits_path, labeled_dls, split_labeled
 from ..opening import OpenImage, UprightImage, UprightImageBW
 from .config import ExperimentConfig, named_datasets
@@ -140,7 +141,7 @@ def damaged_images(
     files,        # Labelled images
     size:int,     # Side to which they will be resized, in pixels, or `None`
     most:int=1000 # Of more, as many are drawn
-)->dict: # Of the name of the error, by file
+)->dict: # Of the error, by file
     "Images that can't be opened"
     damaged = {}
     for o in files if len(files) <= most else random.Random(0).sample(files, most):
@@ -148,7 +149,7 @@ def damaged_images(
             with Image.open(o) as img:
                 if size: img.draft('RGB', (size,size)) # JPEG is decoded no larger than that
                 img.load()
-        except Exception as e: damaged[o] = type(e).__name__ # what damaged files make PIL raise is of many kinds
+        except Exception as e: damaged[o] = f'{type(e).__name__}: {first_line(e)}' # PIL raises many kinds
     return damaged
 
 def check_readable(files, size):
