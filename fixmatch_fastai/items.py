@@ -59,12 +59,17 @@ def name_of(
     "How an error calls an item: a file by its path, another by its number"
     return str(item) if isinstance(item, (str,Path)) else f'item {i}'
 
-def label_of(label_func, item, i:int):
-    "What `label_func` returns for item number `i`; a ValueError that names the item where it fails"
+def label_of(
+    label_func,                     # Item to its class
+    item,
+    i:int,                          # Its number
+    wanted='the class of each item' # What it must return
+):
+    "What `label_func` returns for an item; a ValueError that names the item where it fails"
     try: return label_func(item)
     except Exception as e:
         raise ValueError(f"`label_func` fails for {name_of(item, i)} ({type(e).__name__}: {e}): "
-                         "it must return the class of each item.") from e
+                         f"it must return {wanted}.") from e
 
 # %% ../nbs/00d_items.ipynb #2462dd6b
 def in_memory(o)->bool:

@@ -186,7 +186,8 @@ def labeled_dls(
     device=None                 # Default: fastai's
 )->DataLoaders:
     "Few labelled images to train on, and others to validate on"
-    items = L(labeled)+L(valid)
+    labeled,valid = L(listed(labeled)),L(listed(valid))
+    items = labeled+valid
     block = DataBlock(blocks=(TransformBlock(type_tfms=opener, batch_tfms=IntToFloatTensor),
                               CategoryBlock(vocab=vocab, sort=vocab is None)),
                       get_y=parent_label, splitter=IndexSplitter(range(len(labeled), len(items))),

@@ -98,7 +98,7 @@ def _misfit(answer, name, vocab, multi_label):
 @patch
 def answer(self:Truth, item, i)->tuple: # `(answer, y)`
     "What `label_func` returns for item `i`, and that as a number or as a row of 0 and 1; `None` where it is unknown"
-    answer = label_of(self.label_func, item, i)
+    answer = label_of(self.label_func, item, i, 'the class of each item, or None where it is unknown')
     if _is_unknown(answer): return answer,None
     try:
         if self.multi_label: return answer,_class_row(answer, self.o2i)

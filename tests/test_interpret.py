@@ -69,14 +69,16 @@ def test_numbers_are_those_of_validation(trained, pool):
     torch.testing.assert_close(interp.probs, probs, rtol=1e-4, atol=1e-5)
     assert interp.idxs.tolist() == list(range(len(pool)))
     assert torch.equal(interp.counted, interp.probs.max(1).values >= 0.3) and 0 < interp.counted.sum() < len(pool)
-    truth = [trained.dls.vocab.o2i[parent_label(o)] for o in pool]
-    assert interp.truth.tolist() == truth
+    labeled = trained.dls.train_ds.items
+    truth = [-1 if o in labeled else trained.dls.vocab.o2i[parent_label(o)] for o in pool]
+    assert interp.truth.tolist() == truth and interp.known.sum() >= 80
     df = interp.to_df()
     assert df.item.tolist() == list(pool)
-    assert df.right.tolist() == (interp.probs.argmax(1) == torch.tensor(truth)).tolist()
+    predicted = interp.probs.argmax(1).tolist()
+    assert df.right.tolist() == [None if y < 0 else y == k for y, k in zip(truth, predicted, strict=True)]
     counted = df[df.weight > 0]
     assert f'{len(counted):,} pseudo-labels count' in repr(interp)
-    assert f'{counted.right.mean():.1%} of them right' in repr(interp)
+    assert f'{counted.right[counted.truth.notna()].mean():.1%} of them right' in repr(interp)
 
 
 POLICIES = [FlexMatch, FreeMatch, SoftMatch, AdaMatch, UDA, Dash, DebiasMatch, FeatureDensity]
@@ -276,7 +278,8 @@ def test_which_images(trained):
     assert max(abs(o - 0.3) for o in shown('border')) <= sorted((interp.confidence - 0.3).abs().tolist())[12] + 0.02
     interp = look(trained, policy=FixedThreshold(0.15))  # so low that some are wrong
     rows = interp.confidence.argsort(descending=True, stable=True)
-    expected = [('tab:green' if interp.right[i] else 'tab:red') if interp.counted[i] else '0.5' for i in rows]
+    green = interp.right | ~interp.known
+    expected = [('tab:green' if green[i] else 'tab:red') if interp.counted[i] else '0.5' for i in rows]
     colors = [ax.title.get_color() for ax in interp.plot_images('confident', 100).axes[:100]]
     assert colors == expected and len(set(colors)) == 3, 'some count, right and wrong, some do not'
 

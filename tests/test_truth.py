@@ -210,7 +210,11 @@ SLIPS = {
     'a path': (lambda o: o.parent, ValueError, r"returned .*Path\('.*'\) for {}"),
     'a list': (lambda o: [parent_label(o)], TypeError, r"returned \['\d'\] for {}.*return one of them, or None where"),
     'the whole vocabulary': (lambda o: np.arange(1000), TypeError, r'returned array\(\[.*…? for {}'),
-    'an error': (lambda o: {}[o.name], ValueError, r'`label_func` fails for {} \(KeyError: '),
+    'an error': (
+        lambda o: {}[o.name],
+        ValueError,
+        r'`label_func` fails for {} \(KeyError: .*: it must .*, or None where',
+    ),
 }
 
 
