@@ -149,7 +149,8 @@ def damaged_images(
             with Image.open(o) as img:
                 if size: img.draft('RGB', (size,size)) # JPEG is decoded no larger than that
                 img.load()
-        except Exception as e: damaged[o] = f'{type(e).__name__}: {first_line(e)}' # PIL raises many kinds
+        except Exception as e: # PIL raises many kinds, most with the name of the file
+            damaged[o] = f'{type(e).__name__}: {first_line(e)}'.replace(f" '{o}'", '').replace(f' {o}', '')
     return damaged
 
 def check_readable(files, size):
