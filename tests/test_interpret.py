@@ -9,7 +9,22 @@ import pytest
 import timm
 import torch
 from conftest import no_bn, quiet_fit, tiny_net
-from fastai.vision.all import Learner, SimpleNamespace, load_learner, nn, parent_label, set_seed
+from fastai.vision.all import (
+    CategoryBlock,
+    ColReader,
+    DataBlock,
+    DataLoaders,
+    ImageBlock,
+    Learner,
+    MultiCategoryBlock,
+    PILImageBW,
+    RandomSplitter,
+    SimpleNamespace,
+    load_learner,
+    nn,
+    parent_label,
+    set_seed,
+)
 from PIL import Image
 from scipy.spatial.distance import cdist
 from torchvision.datasets import ImageFolder
@@ -31,6 +46,7 @@ from fixmatch_fastai.all import (
     select_to_label,
     weak_augment,
 )
+from fixmatch_fastai.interpret import plot_suspect_labels, suspect_labels
 from fixmatch_fastai.uncertainty import FeatureDensity, MCDropout, ScoreThreshold, entropy
 
 look = PseudoLabelInterpretation.from_learner
@@ -473,3 +489,79 @@ def test_no_graph_where_there_is_none(make_learner, make_dls):
         learn.lr_find(num_it=3, show_plot=False)
     learn.fit(1)
     quiet_fit(Learner(make_dls(), no_bn(), cbs=ShowPseudoLabels()), 1)
+
+
+# --- which labels are wrong
+
+
+def labels_of(files, wrong=()):
+    "The digits' own, but for `wrong` ones"
+    labels = {o: parent_label(o) for o in files}
+    return labels | {o: str((int(labels[o]) + 1) % 3) for o in wrong}
+
+
+def labeled_learner(items, get_y, **kwargs):
+    "On digits whose pixels are its features, half of them to validate on"
+    blocks = ImageBlock(PILImageBW), CategoryBlock(vocab=list('012'))
+    block = DataBlock(blocks, get_y=get_y, splitter=RandomSplitter(0.5, 0), **kwargs)
+    return Learner(block.dataloaders(items, bs=8, num_workers=0), nn.Sequential(nn.Flatten(), nn.Linear(256, 3)))
+
+
+def some_of(digits, counts):
+    by_class = {c: [o for o in digits if parent_label(o) == c] for c in counts}
+    return [o for c, n in counts.items() for o in by_class[c][:n]]
+
+
+def test_wrong_labels_are_the_first_suspects(digits):
+    files = some_of(digits, {'0': 20, '1': 20, '2': 20})
+    labels = labels_of(files, wrong := files[3::20])
+    learn = labeled_learner(files, lambda o: labels[o])
+    before = copy.deepcopy(learn.model.state_dict())
+    df = suspect_labels(learn)
+    assert set(df['item'][:3]) == set(wrong) and set(df['item']) == set(files)
+    assert df.label.tolist() == [labels[o] for o in df['item']] and df.confidence.is_monotonic_increasing
+    assert df.predicted[:3].tolist() == [parent_label(o) for o in df['item'][:3]]
+    assert df.suspect[:3].all() and not df.suspect[10:].any()
+    assert df.confidence.between(0, 1).all() and (df.confidence[10:] > 0.4).all()
+    assert learn.model.training and all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+    pd.testing.assert_frame_equal(suspect_labels(learn, bs=7, num_workers=1), df, check_exact=False, atol=1e-6)
+    titles = [ax.get_title() for ax in plot_suspect_labels(df, max_n=3).axes]
+    assert titles[0].split()[0] == df.label[0] and titles[0].split('\n')[1] == f'{df.predicted[0]}?'
+    assert len(titles) == 3
+
+
+def test_classes_with_fewer_images_than_folds(digits):
+    "An image that is alone in its class can't be judged; of two in a class each is judged by the other"
+    files = some_of(digits, {'0': 12, '1': 2, '2': 1})
+    df = suspect_labels(labeled_learner(files, parent_label))
+    assert sorted(df.label) == ['0'] * 12 + ['1'] * 2 and df.confidence.notna().all()
+
+
+def test_suspects_of_rows_and_arrays(digits):
+    files = some_of(digits, {'0': 6, '1': 6})
+    rows = {'file': [str(o) for o in files], 'kind': [parent_label(o) for o in files]}
+    frame = pd.DataFrame(rows, index=range(5, 17))
+    df = suspect_labels(labeled_learner(frame, ColReader('kind'), get_x=ColReader('file')))
+    assert set(df['item']) == set(frame.file)
+    plot_suspect_labels(df)
+    arrays = [np.array(Image.open(o)) for o in files]
+    y = {a.tobytes(): parent_label(o) for a, o in zip(arrays, files)}
+    df = suspect_labels(labeled_learner(arrays, lambda o: y[o.tobytes()]))
+    assert sorted(df['item']) == list(range(12))
+    with pytest.raises(TypeError, match='Only images that are files'):
+        plot_suspect_labels(df)
+    with pytest.raises(ValueError, match='the table is empty'):
+        plot_suspect_labels(df[:0])
+
+
+def test_what_has_no_suspects(digits, make_learner):
+    files = some_of(digits, {'0': 6, '1': 1})
+    with pytest.raises(ValueError, match='two classes or more, two of each'):
+        suspect_labels(labeled_learner(files, parent_label))
+    block = DataBlock((ImageBlock(PILImageBW), MultiCategoryBlock), get_y=lambda o: [parent_label(o)])
+    learn = Learner(block.dataloaders(files, bs=2, num_workers=0), tiny_net(2))
+    with pytest.raises(ValueError, match='Each image must have one class'):
+        suspect_labels(learn)
+    batch = torch.zeros(2, 1, 16, 16), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match='DataLoaders of a DataBlock'):
+        suspect_labels(Learner(DataLoaders([batch], [batch]), tiny_net(), loss_func=nn.CrossEntropyLoss()))

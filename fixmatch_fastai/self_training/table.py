@@ -24,8 +24,8 @@ from fastai.torch_basics import (
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 
-from ..core import (as_series, escape_name, finished, first_line, item_at, read_csv, save_csv,
-                                  unescape_name)
+from ..core import as_series, escape_name, finished, first_line, item_at
+from ..core import read_csv, save_csv, unescape_name
 from ..labeled import WeakTransform
 from fixmatch_fastai.self_training.soft_labels import (
     LogitsMSELoss, SoftCategory, SoftCrossEntropyLoss, SoftLabel, present_classes
