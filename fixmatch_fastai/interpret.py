@@ -27,6 +27,7 @@ from .batch import unpack
 from .callback import FixMatch
 from .core import as_series, escape_name, evaluating, finished, item_at
 from .data import UnlabeledDL
+from .items import listed
 from .opening import open_upright
 from .policy import SemiBatch
 from .recipe import probe_estimator
@@ -548,10 +549,7 @@ def select_to_label(
 )->pd.DataFrame: # `item`, `label` (to fill in), `stands_for` (images of its group); the largest group first
     """The `n` most typical images, one of each of `n` groups: those to label first
     ([TypiClust](https://arxiv.org/abs/2202.02794))"""
-    if isinstance(items, (str,Path)):
-        folder = repr(str(items))
-        raise TypeError(f"`items` must be images, not the folder {folder}: use `get_image_files({folder})`.")
-    items = list(items)
+    items = list(listed(items))
     if not 1 <= n <= len(items):
         raise ValueError(f"`n` must be between 1 and {len(items):,}, the number of images, but got {n}.")
     if len(items) > most:

@@ -26,6 +26,7 @@ from PIL import Image
 
 from ..core import as_series, escape_name, finished, first_line, item_at
 from ..core import read_csv, save_csv, unescape_name
+from ..items import image_identities, image_identity, listed
 from ..labeled import WeakTransform
 from fixmatch_fastai.self_training.soft_labels import (
     LogitsMSELoss, SoftCategory, SoftCrossEntropyLoss, SoftLabel, present_classes
@@ -113,14 +114,8 @@ def teacher_classes(learn)->CategoryMap:
 
 # %% ../../nbs/self_training/02_table.ipynb #3460fe3b
 def listed_images(items):
-    "`items`, as a list where they have no length; an error where they are not images, or none"
-    if isinstance(items, (str,Path)):
-        raise TypeError(f"`items` must be a list of images, not the path {str(items)!r}: "
-                        "use `get_image_files(folder)`, or `[file]` for one.")
-    if not hasattr(items, '__len__'):
-        if not hasattr(items, '__iter__'):
-            raise TypeError(f"`items` must be images, as `get_image_files(folder)`, but is {items!r}.")
-        items = list(items)
+    "`items` as `listed` returns them; an error where there are none"
+    items = listed(items)
     if hasattr(items, 'iloc') and not items.index.is_unique:
         raise ValueError("Rows of `items` have the same index, so that a table can't name them: "
                          "use `items.reset_index(drop=True)`.")
@@ -349,19 +344,6 @@ class MixedImages(GetAttr):
         return x,present_classes(y, self.labeled.vocab) if y.dtype == torch.bool else category
 
 # %% ../../nbs/self_training/02_table.ipynb #c44565a1
-def _image_identity(ds, item):
-    """What tells an image from others: the file it is opened from, or a hash of what is in memory;
-    `None` where neither is known"""
-    tls = getattr(ds, 'tls', None)
-    for tfm in [noop, *(tls[0].tfms.fs if tls else ())]: # of a DataFrame's row the first transform finds the file
-        item = tfm(item)
-        if isinstance(item, (str,Path)): return os.path.abspath(item)
-        if isinstance(item, (np.ndarray,Tensor,Image.Image)):
-            return hashlib.blake2b(np.ascontiguousarray(np.asarray(item)).tobytes(), digest_size=16).digest()
-    return None
-
-def _image_identities(ds): return {_image_identity(ds, item_at(ds.items, i)) for i in range(len(ds.items))} - {None}
-
 def _named_images(table, items):
     "Images that the rows of a table name"
     if hasattr(items, 'iloc'): return items.loc[list(table.file)]
@@ -381,8 +363,8 @@ def rows_to_train_on(
 )->tuple: # `(table, images)`
     "Rows of `table`, and their images, that are not validated on and, where `labeled`, not labelled already"
     ds,images = dls.valid.dataset,_named_images(table, items)
-    known = _image_identities(ds) | (_image_identities(dls.train.dataset) if labeled else set())
-    idxs = [i for i in range(len(table)) if _image_identity(ds, item_at(images, i)) not in known]
+    known = image_identities(ds) | (image_identities(dls.train.dataset) if labeled else set())
+    idxs = [i for i in range(len(table)) if image_identity(ds, item_at(images, i)) not in known]
     return table.iloc[idxs],images.iloc[idxs] if hasattr(images, 'iloc') else [images[i] for i in idxs]
 
 # %% ../../nbs/self_training/02_table.ipynb #94763b60

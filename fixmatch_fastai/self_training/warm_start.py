@@ -28,6 +28,7 @@ from PIL import Image
 from ..augment import to_plain_mode
 from ..core import first_line, unwrap_dl
 from ..data import UnlabeledViews
+from ..items import listed
 from ..opening import UprightImage
 
 # %% ../../nbs/self_training/06_warm_start.ipynb #aa6bed68
@@ -68,10 +69,7 @@ def _check_pretext(items, dls, size, valid_pct):
 
 def _split_images(items, dls, size, valid_pct, seed):
     "`(images, idxs to train on, idxs to validate on, the DataLoaders to follow)`"
-    if isinstance(items, (str,Path)):
-        raise TypeError(f"`items` must be images, not the folder {str(items)!r}: "
-                        f"use `get_image_files({str(items)!r})`.")
-    if not hasattr(items, '__len__'): items = list(items)
+    items = listed(items)
     _check_pretext(items, dls, size, valid_pct)
     if dls is None:
         dls = _file_dls(items, size)
