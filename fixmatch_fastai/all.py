@@ -7,7 +7,13 @@ from fixmatch_fastai.checkpoint import SaveFixMatch
 from fixmatch_fastai.data import UnlabeledDL # and `dls.unlabeled_dl`
 from fixmatch_fastai.ema import ModelEMA
 from fixmatch_fastai.interpret import PseudoLabelInterpretation, ShowPseudoLabels, plot_to_label, select_to_label
-from fixmatch_fastai.labeled import WeakTransform, digits_dls, digits_path, split_labeled # and `dls.repeat_train`
+from fixmatch_fastai.labeled import ( # and `dls.repeat_train`
+    StratifiedSplitter,
+    WeakTransform,
+    digits_dls,
+    digits_path,
+    split_labeled,
+)
 from fixmatch_fastai.opening import UprightImage
 from fixmatch_fastai.policy import (
     UDA,
@@ -33,7 +39,7 @@ __all__ = [
     'AdaMatch', 'AlignedLabels', 'Dash', 'DebiasMatch', 'FixMatch', 'FixMatchBatchTransform', 'FixMatchTransform',
     'FixedThreshold', 'FlexMatch', 'FreeMatch', 'FrozenBatchNorm', 'ModelEMA', 'MultiLabelThreshold', 'Policy',
     'PseudoLabelInterpretation', 'PseudoLabels', 'SaveFixMatch', 'SemiBatch', 'ShowPseudoLabels', 'SoftMatch',
-    'StopOnTrouble', 'UDA', 'UnlabeledDL', 'UprightImage', 'WeakTransform', 'compare_supervised', 'digits_dls',
-    'digits_path', 'fixmatch_check', 'plot_to_label', 'probe', 'probe_head', 'pseudo_label', 'read_pseudo_labels',
-    'select_to_label', 'split_labeled', 'strong_augment', 'weak_augment', 'with_pseudo_labels',
+    'StopOnTrouble', 'StratifiedSplitter', 'UDA', 'UnlabeledDL', 'UprightImage', 'WeakTransform', 'compare_supervised',
+    'digits_dls', 'digits_path', 'fixmatch_check', 'plot_to_label', 'probe', 'probe_head', 'pseudo_label',
+    'read_pseudo_labels', 'select_to_label', 'split_labeled', 'strong_augment', 'weak_augment', 'with_pseudo_labels',
 ]
