@@ -74,9 +74,9 @@ class UnlabeledViews:
         label_func=None, # As `Truth` takes it
         cache=None       # Keep opened and resized images: `'shared'` among processes, or `'own'`
     ):
-        self.dataset,self.tfm,self.cache = dataset,tfm,cache
+        self.dataset,self.tfm = dataset,tfm
         self.truth = None if label_func is None else Truth(dataset, label_func, dls)
-        self._caches = [] # one at most; the same list for all that `following` makes
+        self.cache,self._caches = cache,[] # one at most; the same list for all that `following` makes
         self._follow(dls)
 
     def _follow(self, dls):

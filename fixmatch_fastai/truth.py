@@ -45,11 +45,12 @@ class Truth:
         label_func,     # Item to its class, with a `MultiCategoryBlock` to a list of its classes; `None`: unknown
         dls:DataLoaders # Whose classes these are, and whose training images are the labelled ones
     ):
-        self.dataset,self.label_func,self._known = dataset,label_func,None
+        self.dataset,self.label_func = dataset,label_func
         self.o2i,self.multi_label = dict(getattr(getattr(dls, 'vocab', None), 'o2i', {})),_is_multi_label(dls)
         self.labeled_ds = getattr(unwrap_dl(dls.train), 'dataset', None)
         self._labeled = image_identities(self.labeled_ds)
-        self._noted = bytearray(len(dataset)) # of each image 1 if it is not labelled, 2 if it is, once it was asked for
+        # of each image that was asked for: 1 where it is not labelled, 2 where it is
+        self._known,self._noted = None,bytearray(len(dataset))
 
     def __getstate__(self): return {**vars(self), 'labeled_ds': None} # workers don't open labelled images
 
