@@ -361,7 +361,7 @@ def before_fit(self:MetaPseudoLabels):
     self._clean_up()
     if not self.create_mbar: return self._recorder.start() # in `validate` and `get_preds`
     self._check_setting() # here, as MixUp swaps the loss in `before_train`
-    self._recorder.start(['teacher_loss','signal'] + ['pseudo_acc']*tells_truth(self.unlabeled_dl))
+    self._recorder.start(['teacher_loss','signal'] + ['pseudo_acc']*tells_truth(self.unlabeled_dl, dls=self.dls))
 
 @patch
 def before_train(self:MetaPseudoLabels):

@@ -8,7 +8,7 @@ __all__ = ['predictions', 'right_predictions', 'check_share', 'check_count', 'te
            'rows_to_train_on', 'check_mixing', 'with_pseudo_labels', 'balance_classes']
 
 # %% ../../nbs/self_training/02_table.ipynb #6dfd4938
-import hashlib,os,re,warnings,zlib
+import os,re,warnings,zlib
 
 import numpy as np
 import pandas as pd
@@ -19,10 +19,9 @@ from fastai.data.transforms import CategoryMap, EncodedMultiCategorize, MultiCat
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.torch_basics import (
-    GetAttr, Path, Pipeline, Tensor, TensorCategory, cast, compose_tfms, nn, noop, store_attr, to_device
+    GetAttr, Path, Pipeline, Tensor, TensorCategory, cast, compose_tfms, nn, store_attr, to_device
 )
 from fastprogress.fastprogress import progress_bar
-from PIL import Image
 
 from ..core import as_series, escape_name, finished, first_line, item_at
 from ..core import read_csv, save_csv, unescape_name

@@ -16,7 +16,7 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists, test_set
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize
 from fastai.layers import Flatten
 from fastai.torch_basics import (
-    L, Path, Tensor, TensorImage, Transform, cast, default_device, get_model, nn, show_image, store_attr
+    L, Tensor, TensorImage, Transform, cast, default_device, get_model, nn, show_image, store_attr
 )
 from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW, TensorMask, ToTensor
