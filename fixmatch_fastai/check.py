@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .batch import unpack
 from .callback import FixMatch
 from .class_folders import names_alike, system_folders
-from .core import batch_size_of, len_of, processes
+from .core import batch_size_of, first_names, len_of, processes
 from .duplicates import images_of, matches
 from .findings import Finding, Preflight, Words
 from .inspection import Inspection, StoppedLoader, class_table, damaged_table, dataset_of
@@ -29,10 +29,6 @@ from .rehearsal import loaders_as_they_were, model_as_it_was, workers_of
 
 # %% ../nbs/09_check.ipynb #11f84853
 def _missing(vocab, seen): return [o for o in vocab if o not in seen and o != '#na#']
-
-def _listed(names, most=5):
-    names = [*map(str, names)]
-    return ', '.join(names[:most]) + (f' and {len(names)-most:,} more' if len(names) > most else '')
 
 # %% ../nbs/09_check.ipynb #cd6e2a61
 def _check_labels(s):
@@ -43,11 +39,11 @@ def _check_labels(s):
     lo,hi = min(counts.values()),max(counts.values())
     images = f'{n:,} labelled images' if known == n else f'{known:,} of {n:,} labelled images looked at'
     each = f'{lo:,} to {hi:,}' if hi > lo else f'{lo:,}'
-    none = f', none of {_listed(missing)}' if missing else ''
+    none = f', none of {first_names(missing)}' if missing else ''
     more = ("give them a lower `positive` threshold, as in `MultiLabelThreshold(positive=[0.95, 0.8, ...])`."
             if s.fm.policy.multi_label else f"try a policy that evens classes out, as {s.words.even_policy}.")
     return (f'{images}, {each} of each of {len(counts)} classes{none}',
-        (strange, 'problem', f"There are labels of {_listed(strange)}, which is not in the vocabulary: add it there."),
+        (strange, 'problem', f"There are labels of {first_names(strange)}, which is not in the vocabulary: add it there."),
         (missing and known == n, 'problem', "Label some images of the missing classes, or leave these out of the "
             "vocabulary: a model that is never shown a class can't give right pseudo-labels for it."),
         (missing or hi > 10*lo, 'note', f"Label more images of the rare classes, or {more}"))
@@ -70,7 +66,7 @@ def _check_both_sides(s):
     if not train or not valid: return
     unseen,untrained = sorted(set(train)-set(valid)),sorted(set(valid)-set(train)-set(s.vocab or ()))
     if not untrained and not unseen: return
-    found = [f'{side} images of {_listed(o)}' for side,o in (('no labelled',untrained), ('no validation',unseen)) if o]
+    found = [f'{side} images of {first_names(o)}' for side,o in (('no labelled',untrained), ('no validation',unseen)) if o]
     return ' and '.join(found),(untrained, 'problem', "fastai stops at the first validation batch with a class that "
         f"training does not have: {s.words.both_sides}, or label some more."),(
         True, 'note', f"Nothing is said of a class without validation images: {s.words.both_sides}.")
@@ -125,7 +121,7 @@ def _check_names(s):
                                               "no class.")
 
 def _check_fault(s, fault, advice):
-    if s.faults.get(fault): return _listed(s.faults[fault]),(True, 'note', advice)
+    if s.faults.get(fault): return first_names(s.faults[fault]),(True, 'note', advice)
 
 _folder_checks = {
     'empty folders': ('empty', "They are no classes: put images into them, or remove them."),
@@ -228,13 +224,13 @@ def _twice_labelled(s):
 def _check_two_classes(s):
     found = [(a,b) for a,b,one_class in _twice_labelled(s) if not one_class]
     if not found: return
-    return (_listed(map(' is '.join, found), 3),
+    return (first_names(map(' is '.join, found), 3),
         (True, 'problem', f"One of the labels is wrong: remove one of each pair; {s.words.duplicates}."))
 
 def _check_labelled_twice(s):
     found = [(a,b) for a,b,one_class in _twice_labelled(s) if one_class]
     if not found: return
-    return (_listed(map(' is '.join, found), 3),
+    return (first_names(map(' is '.join, found), 3),
         (True, 'note', f"They count twice: remove one of each pair; {s.words.duplicates}."))
 
 def _check_pool_twice(s):
@@ -249,7 +245,7 @@ def _check_pool_twice(s):
 def _check_kinds(s):
     words = pool_differences(s)
     if not words: return
-    return (f'unlabelled images are {_listed(words)} than labelled ones, nine times in ten or more',
+    return (f'unlabelled images are {first_names(words)} than labelled ones, nine times in ten or more',
         (True, 'note', f"Little can be learned from a pool that shows something else: {s.words.look}; leave out what "
             "is of another kind."))
 
@@ -264,7 +260,7 @@ def _check_originals(s, times=10):
 # %% ../nbs/09_check.ipynb #9e58333b
 def _channels_advice(s):
     if words := pool_differences(s):
-        return (f"The images themselves differ, unlabelled ones are {_listed(words)}: {s.words.look}; leave out what "
+        return (f"The images themselves differ, unlabelled ones are {first_names(words)}: {s.words.look}; leave out what "
                 "is of another kind.")
     if s.draws and s.draws[0][0].is_floating_point():
         return ("Finish both in the same way: leave `mean` and `std` of `FixMatchTransform` out, so that the learner's "
@@ -446,7 +442,7 @@ def _unlabeled_classes(s, most=1000):
     n,names_of = s.labels
     missing = _missing(s.vocab, {y for i in range(n) for y in names_of(i)})
     if missing:
-        return (f"No labelled image is of class {_listed(missing)}: label some, or leave what is missing out of the "
+        return (f"No labelled image is of class {first_names(missing)}: label some, or leave what is missing out of the "
                 "vocabulary. `fixmatch_check(learn)` looks at more.")
 
 def _shared_paths(s, most=5_000):

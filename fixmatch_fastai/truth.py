@@ -15,7 +15,7 @@ from fastai.data.transforms import EncodedMultiCategorize, MultiCategorize
 from fastai.torch_basics import patch
 from fastcore.xtras import truncstr
 
-from .core import item_at, unwrap_dl
+from .core import first_names, item_at, unwrap_dl
 from .items import image_identities, image_identity, label_of, name_of, rows_of
 
 # %% ../nbs/00e_truth.ipynb #4ceb12ac
@@ -81,20 +81,17 @@ class Truth:
 # %% ../nbs/00e_truth.ipynb #6c8a1955
 def _is_unknown(answer): return answer is None or pd.api.types.is_scalar(answer) and pd.isna(answer)
 
-def _few(names):
-    return ', '.join(map(repr, names[:5])) + (f' and {len(names)-5} more' if len(names) > 5 else '')
-
 def _misfit(answer, name, vocab, multi_label):
     "The sentence on an answer that is no class"
     if multi_label and isinstance(answer, str):
         return (f"With several labels in an image, as in {name}, `label_func` must return a list of them, "
-                f"but it returned {answer!r}: return [{answer!r}], or split it; the classes are {_few(vocab)}.")
+                f"but it returned {answer!r}: return [{answer!r}], or split it; the classes are {first_names(map(repr, vocab))}.")
     found = f"`label_func` returned {truncstr(' '.join(repr(answer).split()), 60, suf='…')} for {name}"
     if not vocab:
         return (f"{found}, but these DataLoaders have no names of classes: "
                 "return the number of its class, or None where it is unknown.")
     wanted = 'a list of those it shows' if multi_label else 'one of them'
-    return f"{found}, but the classes are {_few(vocab)}: return {wanted}, or None where it is unknown."
+    return f"{found}, but the classes are {first_names(map(repr, vocab))}: return {wanted}, or None where it is unknown."
 
 @patch
 def answer(self:Truth, item, i)->tuple: # `(answer, y)`

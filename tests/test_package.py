@@ -58,7 +58,8 @@ KNOWS = {
     'inspection': 'core console data batch callback class_folders kinds duplicates findings rehearsal',
     'check': 'core batch callback class_folders duplicates findings inspection rehearsal',
     'interpret': 'core augment items opening data policy uncertainty batch record callback show recipe',
-    'self_training': 'core augment items opening labeled data policy uncertainty batch record callback recipe rehearsal',
+    'self_training': 'core augment items opening labeled data policy uncertainty batch record callback recipe '
+    'rehearsal',
     'experiment': 'core console augment opening labeled data policy uncertainty callback ema recipe checkpoint '
     'class_folders check interpret',
     'cli': 'core console augment opening labeled data callback ema recipe checkpoint weights class_folders duplicates '

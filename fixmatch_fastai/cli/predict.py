@@ -14,11 +14,11 @@ from ..console import CommandError, Progress, command, to_stderr
 # %% ../../nbs/cli/07_predict.ipynb #d0cb4ea4
 def _image_files(paths):
     "Images, and those in folders; a few that are gone have a row, a folder that is gone is a mistake"
-    from fastai.data.transforms import get_image_files
+    from fixmatch_fastai.class_folders import image_files
     missing = [o for o in paths if not o.exists()]
     if len(missing) < len(paths): missing = [o for o in missing if not o.suffix]
     if missing: raise CommandError(f"{missing[0]} is not there: give images, or folders of them.")
-    found = [file for o in paths for file in (get_image_files(o).sorted() if o.is_dir() else [o])]
+    found = [file for o in paths for file in (image_files(o) if o.is_dir() else [o])]
     if found: return found
     raise CommandError(f"{paths[0]} holds no images: give images, or folders of them.")
 
