@@ -43,7 +43,7 @@ def _check_labels(s):
     more = ("give them a lower `positive` threshold, as in `MultiLabelThreshold(positive=[0.95, 0.8, ...])`."
             if s.fm.policy.multi_label else f"try a policy that evens classes out, as {s.words.even_policy}.")
     return (f'{images}, {each} of each of {len(counts)} classes{none}',
-        (strange, 'problem', f"There are labels of {first_names(strange)}, which is not in the vocabulary: add it there."),
+        (strange, 'problem', f"The vocabulary lacks {first_names(strange)}: add what is missing."),
         (missing and known == n, 'problem', "Label some images of the missing classes, or leave these out of the "
             "vocabulary: a model that is never shown a class can't give right pseudo-labels for it."),
         (missing or hi > 10*lo, 'note', f"Label more images of the rare classes, or {more}"))
@@ -66,7 +66,8 @@ def _check_both_sides(s):
     if not train or not valid: return
     unseen,untrained = sorted(set(train)-set(valid)),sorted(set(valid)-set(train)-set(s.vocab or ()))
     if not untrained and not unseen: return
-    found = [f'{side} images of {first_names(o)}' for side,o in (('no labelled',untrained), ('no validation',unseen)) if o]
+    missing = dict(labelled=untrained, validation=unseen)
+    found = [f'no {side} images of {first_names(o)}' for side,o in missing.items() if o]
     return ' and '.join(found),(untrained, 'problem', "fastai stops at the first validation batch with a class that "
         f"training does not have: {s.words.both_sides}, or label some more."),(
         True, 'note', f"Nothing is said of a class without validation images: {s.words.both_sides}.")
@@ -260,8 +261,8 @@ def _check_originals(s, times=10):
 # %% ../nbs/09_check.ipynb #9e58333b
 def _channels_advice(s):
     if words := pool_differences(s):
-        return (f"The images themselves differ, unlabelled ones are {first_names(words)}: {s.words.look}; leave out what "
-                "is of another kind.")
+        return (f"The images themselves differ, unlabelled ones are {first_names(words)}: {s.words.look}; leave out "
+                "what is of another kind.")
     if s.draws and s.draws[0][0].is_floating_point():
         return ("Finish both in the same way: leave `mean` and `std` of `FixMatchTransform` out, so that the learner's "
                 "own batch transforms do it, or give it those that the labelled images are normalised with.")
@@ -442,8 +443,8 @@ def _unlabeled_classes(s, most=1000):
     n,names_of = s.labels
     missing = _missing(s.vocab, {y for i in range(n) for y in names_of(i)})
     if missing:
-        return (f"No labelled image is of class {first_names(missing)}: label some, or leave what is missing out of the "
-                "vocabulary. `fixmatch_check(learn)` looks at more.")
+        return (f"No labelled image is of class {first_names(missing)}: label some, or leave what is missing out of "
+                "the vocabulary. `fixmatch_check(learn)` looks at more.")
 
 def _shared_paths(s, most=5_000):
     pool,valid = (images_of(dataset_of(o)) for o in (s.pool,s.valid))

@@ -83,15 +83,16 @@ def _is_unknown(answer): return answer is None or pd.api.types.is_scalar(answer)
 
 def _misfit(answer, name, vocab, multi_label):
     "The sentence on an answer that is no class"
+    classes = first_names(map(repr, vocab))
     if multi_label and isinstance(answer, str):
         return (f"With several labels in an image, as in {name}, `label_func` must return a list of them, "
-                f"but it returned {answer!r}: return [{answer!r}], or split it; the classes are {first_names(map(repr, vocab))}.")
+                f"but it returned {answer!r}: return [{answer!r}], or split it; the classes are {classes}.")
     found = f"`label_func` returned {truncstr(' '.join(repr(answer).split()), 60, suf='…')} for {name}"
     if not vocab:
         return (f"{found}, but these DataLoaders have no names of classes: "
                 "return the number of its class, or None where it is unknown.")
     wanted = 'a list of those it shows' if multi_label else 'one of them'
-    return f"{found}, but the classes are {first_names(map(repr, vocab))}: return {wanted}, or None where it is unknown."
+    return f"{found}, but the classes are {classes}: return {wanted}, or None where it is unknown."
 
 @patch
 def answer(self:Truth, item, i)->tuple: # `(answer, y)`
