@@ -51,7 +51,7 @@ KNOWS = {
     'duplicates': 'core data opening pipeline',
     'rehearsal': 'core policy batch callback checkpoint',
     'check': 'core data batch callback duplicates rehearsal',
-    'interpret': 'core augment opening data policy uncertainty batch record callback show',
+    'interpret': 'core augment opening data policy uncertainty batch record callback show recipe',
     'self_training': 'core augment opening labeled data policy uncertainty batch record callback recipe rehearsal',
     'experiment': 'core console augment opening labeled data policy uncertainty callback ema recipe checkpoint check '
     'interpret',
