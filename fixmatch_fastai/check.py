@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .batch import unpack
 from .callback import FixMatch
 from .class_folders import names_alike, system_folders
-from .core import batch_size_of, first_names, len_of, processes
+from .core import batch_size_of, escape_name, first_names, len_of, processes
 from .duplicates import images_of, matches
 from .findings import Finding, Preflight, Words
 from .inspection import Inspection, StoppedLoader, class_table, damaged_table, dataset_of
@@ -428,7 +428,7 @@ def fixmatch_check(
     if counts := vars(s).get('counts'): report.classes = class_table(s) if counts['labelled'] else None
     if seen := vars(s).get('images'):
         report.overlap,report.damaged,report.duplicates = overlap_table(seen),damaged_table(seen),duplicates_table(seen)
-    print(report)
+    print(escape_name(str(report)))
     if strict and report.problems:
         problems = [f'{o.name}: {o.found}. {o.advice}' for o in report.problems]
         raise ValueError(' '.join([f'{len(problems)} of what was checked must be mended first.', *problems]))

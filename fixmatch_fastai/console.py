@@ -133,12 +133,12 @@ def has_bar(): return sys.stdout.isatty() or type(sys.stdout).__name__ == 'OutSt
 
 class Progress:
     "A bar in terminals and notebooks; elsewhere a line about every tenth of the work"
-    def __init__(self, total, what='step'):
+    def __init__(self, total, what='step', leave=True):
         self.total,self.what = max(1, total),what
         self.tenth,self.bar = 0,None
         if not has_bar(): return
         from fastprogress.fastprogress import progress_bar
-        self.bar = progress_bar(range(self.total))
+        self.bar = progress_bar(range(self.total), leave=leave)
         self.bar.update(0)
 
     def update(self, done):

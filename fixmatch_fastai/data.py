@@ -23,7 +23,7 @@ from fastcore.xtras import truncstr
 from PIL import Image
 
 from .augment import FixMatchTransform, to_view_mode, uint8_tensor
-from .core import describe, item_at, not_to_predict, processes
+from .core import describe, escape_name, item_at, not_to_predict, processes
 from .items import listed, rows_of
 from .pipeline import PoolImages, first_readable
 from .labeled import RepeatDL, WeakTransform # noqa: F401  where exports of 0.1.0 look for them
@@ -247,7 +247,8 @@ class UnlabeledDL(TfmdDL):
     def damaged(self)->pd.DataFrame: # `item` and `error`, by number in the pool
         "Images that streams could not open, and replaced by others"
         rows = [(item_at(self.dataset.items, i), e) for i,e in sorted(self._damaged.items())]
-        return pd.DataFrame(rows, index=pd.Index(sorted(self._damaged), name='idx'), columns=['item','error'])
+        idxs = pd.Index(sorted(self._damaged), name='idx')
+        return pd.DataFrame(rows, idxs, ['item','error'], dtype=object) # names that are no text too
 
     @property
     def place(self)->tuple: # `(seed, images drawn)`, of all processes together; `None` before the first stream
@@ -377,7 +378,7 @@ def show_batch(self:UnlabeledDL,
     for ax,img in zip(axs, [*weak[:n],*strong[:n]]):
         show_image(_displayable(img, views.tfm), ctx=ax, **{'cmap': 'gray', **kwargs})
     for ax,i in zip(axs, [] if views.truth is None else b[-1][:n].tolist()): # what fits above an image
-        ax.set_title(truncstr(views.truth.names(i), 15, suf='…'), fontsize=9, parse_math=False)
+        ax.set_title(truncstr(escape_name(views.truth.names(i)), 15, suf='…'), fontsize=9, parse_math=False)
     for ax,name in ((axs[0],'weak'), (axs[n],'strong')):
         ax.axis('on')
         ax.spines[:].set_visible(False)

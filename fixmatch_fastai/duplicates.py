@@ -107,7 +107,8 @@ class Hashes:
     def damaged(self)->pd.DataFrame: # `item` and `error` by number
         "Images that can't be opened"
         rows = [(self.images.item(i),e) for i,e in self.errors.items()]
-        return pd.DataFrame(rows, index=pd.Index(list(self.errors), name='idx'), columns=['item','error'])
+        idxs = pd.Index(list(self.errors), name='idx')
+        return pd.DataFrame(rows, idxs, ['item','error'], dtype=object) # names that are no text too
 
 # %% ../nbs/08b_duplicates.ipynb #9416376c
 # Bits of 64 in which hashes may differ. Measured on CIFAR-10: 42 of 10,000 test images have a training image so near,

@@ -49,7 +49,7 @@ class Preflight:
     @property
     def table(self)->pd.DataFrame: # `found`, `level`, `advice` by `name`
         "All findings"
-        return pd.DataFrame(self.findings, columns=Finding._fields).set_index('name')
+        return pd.DataFrame(self.findings, columns=Finding._fields, dtype=object).set_index('name')
 
     def __getitem__(self, name): return {o.name: o for o in self.findings}[name]
     def __contains__(self, name): return any(o.name == name for o in self.findings)

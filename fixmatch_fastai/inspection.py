@@ -122,7 +122,7 @@ def class_table(s:Inspection)->pd.DataFrame: # `labelled` and, if it is known, `
     counts = {k: o for k,o in s.counts.items() if o is not None}
     others = sorted({name for o in counts.values() for name in o}-{*(s.vocab or ())})
     names = [o for o in s.vocab or () if o != '#na#']+others # fastai's name for none
-    return pd.DataFrame({k: [o[name] for name in names] for k,o in counts.items()}, index=names)
+    return pd.DataFrame({k: [o[name] for name in names] for k,o in counts.items()}, pd.Index(names, dtype=object))
 
 # %% ../nbs/08g_inspection.ipynb #0aa4d8e1
 def _paths(dl, labels):
@@ -139,11 +139,12 @@ def _faults(s):
     return found
 
 # %% ../nbs/08g_inspection.ipynb #17bf903e
-def _watched(idxs, after=2.):
+def _watched(idxs, after=5.):
     "`idxs` one by one, with a progress bar where that takes longer than `after` seconds"
     bar,start = None,time.perf_counter()
     for n,i in enumerate(idxs):
-        if bar is None and time.perf_counter()-start > after and has_bar(): bar = Progress(len(idxs), 'image')
+        late = time.perf_counter()-start > after
+        if late and bar is None and has_bar(): bar = Progress(len(idxs), 'image', leave=False)
         if bar: bar.update(n)
         yield i
     if bar: bar.close()
@@ -181,7 +182,7 @@ def duplicates_table(images:SeenImages)->pd.DataFrame: # `image`, `set`, `copy_o
     "All that is twice; images are files, or numbers where they are none"
     def image(name, i): return o if isinstance(o := images.sets[name].images.item(i), (str,Path)) else i
     rows = [(image(a, i),a,image(b, j),b,how) for (a,b),found in images.pairs.items() for i,j,how in found]
-    return pd.DataFrame(rows, columns=['image','set','copy_of','in_set','how'])
+    return pd.DataFrame(rows, columns=['image','set','copy_of','in_set','how'], dtype=object)
 
 def damaged_table(images:SeenImages)->pd.DataFrame: # `set`, `item`, `error`, by number in the set
     "Images that can't be opened"

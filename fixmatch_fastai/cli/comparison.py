@@ -57,7 +57,8 @@ def small_learner(
     size:int=None  # Resize to a square of this side; default: leave as they are
 )->Learner: # Without `FixMatch`
     "A network of two convolutions for grey or coloured images"
-    n_in,img_cls = (1,UprightImageBW) if Image.open(labeled[0]).mode == 'L' else (3,UprightImage)
+    with Image.open(labeled[0]) as img: grey = img.mode == 'L'
+    n_in,img_cls = (1,UprightImageBW) if grey else (3,UprightImage)
     resize = [] if size is None else [Resize(size)]
     dls = labeled_dls(labeled, test, [*resize,WeakTransform(weak)], OpenImage(img_cls), ([.3]*n_in,[.33]*n_in),
                       n_batches=n_batches, val_bs=256)
