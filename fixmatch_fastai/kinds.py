@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy.stats import mannwhitneyu
 
-# %% ../nbs/08e_kinds.ipynb #9d3e9b12
+# %% ../nbs/08e_kinds.ipynb #71d9f7ee
 kinds = dict(brightness=('lighter','darker'), contrast=('of more contrast','of less contrast'),
              colour=('more colourful','greyer'), flatness=('flatter (as drawings and screenshots are)','less flat'),
              width=('wider','taller'))

@@ -17,6 +17,7 @@ import torch
 from cli_runs import *  # noqa: F403  fixtures
 from cli_runs import DATA, KNOWN, SMALL, Page, exit_code, learner, options, same_histories, same_runs, train, verdict
 from fastai.vision.all import Learner, Normalize, get_image_files, models
+from PIL import Image
 from safetensors.torch import load_file
 
 from fixmatch_fastai.cli import learner as learner_room
@@ -346,10 +347,10 @@ def test_weights_that_cannot_be_had(there, capsys, monkeypatch):
 
 
 def test_problems_of_the_preflight_stop_a_run(there, tmp_path, capsys):
-    shutil.copy(find_images(options()).valid['1'][0], tmp_path / 'copied.png')
+    Image.open(find_images(options()).valid['1'][0]).save(tmp_path / 'saved_again.bmp')
     assert train('--out', 'wrong', data=[*DATA, tmp_path]) == 2
     err = capsys.readouterr().err
-    assert 'the preflight found 1 problem;' in err and 'in validation' in err and 'copied.png' in err
+    assert 'the preflight found 1 problem;' in err and 'in validation' in err and 'saved_again.bmp' in err
     assert not Path('wrong').exists()
 
 
