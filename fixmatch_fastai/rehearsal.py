@@ -92,7 +92,7 @@ def unlabeled_batches(
     dls,             # The labelled loaders
     n:int,           # Images, at least
     seconds:float=0, # For which it is timed, at least
-    most:float=10    # Seconds after which it ends all the same, if a batch has been timed
+    most:float=5     # Seconds after which it ends all the same, if a batch has been timed
 )->Loaded:
     "Unlabelled batches that have `n` images or more; workers take turns, so each has as many of those that are timed"
     skip,batches,ends,start = max(1, workers_of(dl)),[],[],time.perf_counter()
