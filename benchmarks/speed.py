@@ -17,6 +17,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from functools import partial
@@ -42,6 +43,7 @@ from fastai.vision.all import (
     Learner,
     Normalize,
     OptimWrapper,
+    PILImage,
     Resize,
     get_image_files,
     imagenet_stats,
@@ -49,6 +51,7 @@ from fastai.vision.all import (
 )
 from few_labels import FewLabels
 from PIL import Image
+from sklearn.datasets import load_sample_image
 from timm.data.auto_augment import rand_augment_transform
 
 from fixmatch_fastai.all import (
@@ -61,6 +64,7 @@ from fixmatch_fastai.all import (
     digits_path,
 )
 from fixmatch_fastai.experiment.networks import wide_resnet
+from fixmatch_fastai.opening import OpenImage
 
 HERE = Path(__file__).parent
 sgd = partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)
@@ -170,6 +174,59 @@ def views_of_448(device, times=20):
     x = torch.randint(0, 256, (448, 3, 32, 32), dtype=torch.uint8, device=device)
     in_batches(FixMatchBatchTransform(), x, 5)
     return statistics.median(in_batches(FixMatchBatchTransform(), x, times) for _ in range(7)) * len(x)
+
+
+# --- large photos ----------------------------------------------------------------------------------------------------
+
+LARGE = 6000, 4000  # pixels
+FILTERS = 'BICUBIC', 'LANCZOS'
+
+
+def large_photo():
+    "A photograph, enlarged, with noise as of a sensor"
+    china = Image.fromarray(load_sample_image('china.jpg')).resize(LARGE, Image.Resampling.BICUBIC)
+    noise = np.random.default_rng(0).integers(-12, 13, (*LARGE[::-1], 1))
+    return Image.fromarray((np.asarray(china) + noise).clip(0, 255).astype(np.uint8))
+
+
+def opened(create, file, resample=Image.Resampling.BILINEAR):
+    "As validation sees it"
+    return Resize(224, resamples=(resample, Image.Resampling.NEAREST))(create(file), split_idx=1)
+
+
+def seconds_to_open(create, file):
+    start = time.process_time()
+    opened(create, file)
+    return time.process_time() - start
+
+
+def differ(a, b):
+    "Mean and largest difference of two images"
+    found = np.abs(np.asarray(a, dtype=float) - np.asarray(b))
+    return f'{found.mean():.1f}, {found.max():.0f}'
+
+
+def bench_large(args):
+    whole, late = PILImage.create, OpenImage(PILImage)
+    img, rows = large_photo(), []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / 'large.jpg'
+        for quality, progressive in ((75, False), (90, False), (97, False), (90, True)):
+            img.save(file, quality=quality, progressive=progressive)
+            methods = {'whole': partial(seconds_to_open, whole, file), 'late': partial(seconds_to_open, late, file)}
+            times = in_turn(methods, args.rounds)
+            name = f'quality {quality}{", progressive" * progressive}, {file.stat().st_size / 1e6:.1f} MB'
+            seconds = [f'{statistics.median(o):.2f} s' for o in times.values()]
+            ours = opened(whole, file)
+            others = opened(late, file), *(opened(whole, file, getattr(Image.Resampling, o)) for o in FILTERS)
+            rows.append([name, *seconds, f'{ratio(times, "whole")["late"]:.2f}', *(differ(o, ours) for o in others)])
+            print(rows[-1], flush=True)
+    head = ['JPEG', 'whole', 'late', 'late / whole', 'late differs', 'bicubic differs', 'Lanczos differs']
+    w, h = LARGE
+    return table(head, rows) + (
+        f'\nA photograph of {w:,}×{h:,} pixels, opened and resized to 224×224: processor time, medians of '
+        f'{args.rounds} rounds. Differences from the whole one that was resized bilinearly: mean and largest, of 255.\n'
+    )
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -480,6 +537,7 @@ def waiting(device, b=64, steps=60):
 
 TABLES = {
     'views': ('Views', bench_views),
+    'large': ('Large photos', bench_large),
     'steps': ('The step', bench_steps),
     'memory': ('Memory of a step', bench_memory),
     'accuracy': ('Accuracy', bench_accuracy),

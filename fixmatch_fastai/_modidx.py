@@ -636,6 +636,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fixmatch_fastai.core.first_names': ('core.html#first_names', 'fixmatch_fastai/core.py'),
                                       'fixmatch_fastai.core.item_at': ('core.html#item_at', 'fixmatch_fastai/core.py'),
                                       'fixmatch_fastai.core.len_of': ('core.html#len_of', 'fixmatch_fastai/core.py'),
+                                      'fixmatch_fastai.core.modes_kept': ('core.html#modes_kept', 'fixmatch_fastai/core.py'),
                                       'fixmatch_fastai.core.processes': ('core.html#processes', 'fixmatch_fastai/core.py'),
                                       'fixmatch_fastai.core.read_csv': ('core.html#read_csv', 'fixmatch_fastai/core.py'),
                                       'fixmatch_fastai.core.replacing': ('core.html#replacing', 'fixmatch_fastai/core.py'),

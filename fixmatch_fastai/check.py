@@ -131,24 +131,25 @@ _folder_checks = {
     'images below': ('below', "They are not of the outer folder's class: move them up into it.")}
 
 # %% ../nbs/09_check.ipynb #5f9e898e
-def _unreadable(o): # Hashes
-    first = f"{o.images.name(o.damaged.index[0])} ({o.damaged.error.iloc[0].split(':')[0]})"
-    return len(o.damaged),f'{len(o.damaged):,} of {o.n:,}','unreadable, such as '+first
+def _unreadable(seen, kind):
+    "How many images can't be opened, with an example; `seen` is what `Hashes` holds of them"
+    why = seen.damaged.error.iloc[0].split(':')[0]
+    return (f'{len(seen.damaged):,} of {seen.n:,} {kind} images opened were unreadable, '
+            f'such as {seen.images.name(seen.damaged.index[0])} ({why})')
 
 def _check_files(s):
     pool = s.images.pool
     if pool is None: return
     if pool.damaged.empty: return f'all {pool.n:,} unlabelled images opened were readable',
-    n,of,such = _unreadable(pool)
     advice = f"The loader puts others in their place; mend or remove them: {s.words.damaged}."
-    return (f'{of} unlabelled images opened were {such}',
+    return (_unreadable(pool, 'unlabelled'),
         (not s.ours, 'problem', "Training will stop at the first of them: mend or remove them, or make the "
             "loader with `dls.unlabeled_dl(files)`, which puts others in their place."),
-        (n > .1*pool.n, 'problem', advice), (True, 'note', advice))
+        (len(pool.damaged) > .1*pool.n, 'problem', advice), (True, 'note', advice))
 
 def _check_labelled_files(s):
-    found = [f'{of} {k} images opened were {such}' for k in ('labelled','validation')
-             if (o := getattr(s.images, k)) and not o.damaged.empty for _,of,such in [_unreadable(o)]]
+    sides = {k: s.images.sets.get(k) for k in ('labelled','validation')}
+    found = [_unreadable(seen, k) for k,seen in sides.items() if seen and not seen.damaged.empty]
     if found: return '; '.join(found),(True, 'problem', f"Mend or remove them: {s.words.damaged}.")
 
 def _of_all(s, what):
@@ -220,7 +221,8 @@ def _twice_labelled(s):
         if sides[a] is None or sides[b] is None: continue
         for i,j in s.images.copies(a, b):
             one_class = sides[a][1](i) == sides[b][1](j)
-            if a == b or not one_class: yield *(getattr(s.images, k).images.name(o) for k,o in ((a,i), (b,j))),one_class
+            names = s.images.sets[a].images.name(i),s.images.sets[b].images.name(j)
+            if a == b or not one_class: yield *names,one_class # across the two, `copies` tells of those of one class
 
 def _check_two_classes(s):
     found = [(a,b) for a,b,one_class in _twice_labelled(s) if not one_class]

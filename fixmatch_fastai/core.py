@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['not_to_predict', 'describe', 'first_line', 'first_names', 'item_at', 'unwrap_dl', 'len_of', 'batch_size_of',
            'processes', 'endless', 'replacing', 'escape_name', 'unescape_name', 'as_series', 'save_csv', 'read_csv',
-           'evaluating', 'finished']
+           'modes_kept', 'evaluating', 'finished']
 
 # %% ../nbs/00_core.ipynb #1c3197c1
 import os,re
@@ -138,16 +138,23 @@ def read_csv(file, **kwargs)->pd.DataFrame:
 
 # %% ../nbs/00_core.ipynb #53d5113e
 @contextmanager
+def modes_kept(
+    model:nn.Module
+):
+    "Afterwards each module of `model` is in the mode, training or eval, that it was in"
+    modes = [(m,m.training) for m in model.modules()]
+    try: yield model
+    finally:
+        for m,training in modes: m.training = training
+
+@contextmanager
 def evaluating(
     model:nn.Module
 ):
     "Without gradient, and with `model` in eval mode; afterwards each module is in the mode it was in"
-    modes = [(m,m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for m,training in modes: m.training = training
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        yield
 
 # %% ../nbs/00_core.ipynb #b7b8fc0e
 def finished(

@@ -198,8 +198,8 @@ def _open_heic(fp, filename):
     fp.seek(0)
     try: from pillow_heif import HeifImageFile
     except ImportError as e:
-        raise OSError(f"{os.fsdecode(filename) or 'The image'} is HEIC, which Pillow can't open by itself: "
-                      "install pillow-heif, by `pip install fixmatch_fastai[heic]`.") from e
+        raise OSError(f"{os.fsdecode(filename) or 'The image'} is HEIC, which Pillow opens with pillow-heif: "
+                      "install it by `pip install pillow-heif`.") from e
     return HeifImageFile(fp, filename)
 
 if 'HEIF' not in Image.OPEN: Image.register_open('HEIF', _open_heic, _is_heic)

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import show # noqa: F401  `FixMatch.peek`
 from .callback import FixMatch
-from .core import evaluating, unwrap_dl
+from .core import evaluating, modes_kept, unwrap_dl
 from .ema import ModelEMA
 from .policy import AlignedLabels, sum_rows
 
@@ -200,13 +200,12 @@ def _set_linear(layer, weight, bias):
 def _training(head):
     "All of `head` in training mode and with gradients; afterwards as it was, without gradients"
     flags = [(p,p.requires_grad) for p in head.parameters()]
-    modes = [(m,m.training) for m in head.modules()]
-    head.requires_grad_().train()
     try:
-        with torch.enable_grad(): yield
+        with modes_kept(head), torch.enable_grad():
+            head.requires_grad_().train()
+            yield
     finally:
         for p,flag in flags: p.requires_grad_(flag).grad = None
-        for m,mode in modes: m.training = mode
 
 def _learn_probe(head, f, weight, bias, n_steps, lr, bs=64):
     device = next(head.parameters()).device

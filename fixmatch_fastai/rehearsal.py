@@ -22,22 +22,21 @@ from torch import nn
 from .batch import unpack
 from .callback import FixMatch, own_loss
 from .checkpoint import generator_state, set_generator_state
-from .core import endless, unwrap_dl
+from .core import endless, modes_kept, unwrap_dl
 from .policy import alone
 
 # %% ../nbs/08c_rehearsal.ipynb #89bbdb41
 @contextmanager
 def model_as_it_was(model:nn.Module, device):
     "`model` ready for training on `device`; afterwards its statistics, modes and device are what they were"
-    modes = [(m,m.training) for m in model.modules()]
     buffers = [(m,k,v,v.detach().clone()) for m in model.modules() for k,v in m.named_buffers(recurse=False)]
     devices = {p.device for p in model.parameters()}
-    try: yield model.train() if devices in (set(), {device}) else model.to(device).train()
+    try:
+        with modes_kept(model): yield model.train() if devices in (set(), {device}) else model.to(device).train()
     finally:
         if devices != {device} and len(devices) == 1: model.to(*devices)
         with torch.no_grad():
             for m,k,v,kept in buffers: setattr(m, k, v.copy_(kept))
-        for m,training in modes: m.training = training
 
 # %% ../nbs/08c_rehearsal.ipynb #f7b1dd79
 def _parts(loader):

@@ -1,6 +1,7 @@
 "The benchmark commands run, go on after an interrupt, and write the tables that the docs quote"
 
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -88,6 +89,16 @@ def test_the_speed_benchmark(small, tmp_path):
     speed.main(['--out', str(tmp_path), '--only', 'steps', '--rounds', '1'])
     assert '### Growth with mu' in (tmp_path / 'results.md').read_text(encoding='utf-8'), (
         'one table is measured anew, the others stay'
+    )
+
+
+def test_large_photos_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, 'LARGE', (1800, 1200))
+    speed.main(['--out', str(tmp_path), '--only', 'large', '--rounds', '1'])
+    text = (tmp_path / 'results.md').read_text(encoding='utf-8')
+    found = re.findall(r'\| quality .*? MB \| .*? s \| .*? s \| .*? \| (.*?), .*? \| (.*?), .*? \| (.*?), ', text)
+    assert len(found) == 4 and all(
+        0 < float(late) < float(bicubic) < float(lanczos) for late, bicubic, lanczos in found
     )
 
 

@@ -103,15 +103,21 @@ class Deep(PILImage):
     _open_args = {'mode': 'I;16'}
 
 
+def saved_in_class_folders(folder, imgs, ending, **kwargs):
+    "Files of images, in turn of class a and b"
+    for i, img in enumerate(imgs):
+        (folder / 'ab'[i % 2]).mkdir(exist_ok=True)
+        img.save(folder / 'ab'[i % 2] / f'{i}.{ending}', **kwargs)
+    return sorted(folder.rglob(f'*.{ending}'))
+
+
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
     "Six colourful pictures of two sizes, in two class folders"
-    folder, rng = tmp_path_factory.mktemp('photos'), np.random.default_rng(0)
-    for i in range(6):
-        (folder / 'ab'[i % 2]).mkdir(exist_ok=True)
-        pixels = np.kron(rng.integers(0, 256, (6, 4 + i % 2, 3), np.uint8), np.ones((4, 6, 1), np.uint8))
-        Image.fromarray(pixels).save(folder / 'ab'[i % 2] / f'{i}.png')
-    return sorted(folder.rglob('*.png'))
+    rng = np.random.default_rng(0)
+    coarse = [rng.integers(0, 256, (6, 4 + i % 2, 3), np.uint8) for i in range(6)]
+    imgs = [Image.fromarray(np.kron(o, np.ones((4, 6, 1), np.uint8))) for o in coarse]
+    return saved_in_class_folders(tmp_path_factory.mktemp('photos'), imgs, 'png')
 
 
 def make_dls(photos, img_cls=PILImage, item_tfms=None, batch_tfms=None):
@@ -273,12 +279,9 @@ def test_any_pipeline_is_the_same_on_both_sides_or_refused(photos, in_items, in_
 @pytest.fixture(scope='module')
 def large_photos(tmp_path_factory):
     "Six JPEG files of 1000 by 800 pixels, in two class folders"
-    folder, rng = tmp_path_factory.mktemp('large'), np.random.default_rng(0)
-    for i in range(6):
-        (folder / 'ab'[i % 2]).mkdir(exist_ok=True)
-        img = Image.fromarray(rng.integers(0, 256, (80, 100, 3), np.uint8)).resize((1000, 800))
-        img.save(folder / 'ab'[i % 2] / f'{i}.jpg', quality=90)
-    return sorted(folder.rglob('*.jpg'))
+    rng = np.random.default_rng(0)
+    imgs = [Image.fromarray(rng.integers(0, 256, (80, 100, 3), np.uint8)).resize((1000, 800)) for _ in range(6)]
+    return saved_in_class_folders(tmp_path_factory.mktemp('large'), imgs, 'jpg', quality=90)
 
 
 def cut_first(file):

@@ -30,11 +30,13 @@ def _section(title, files, most=20):
     more = [f'and {len(files)-most:,} more'] if len(files) > most else []
     return f'\n{title}:' + ''.join(f'\n  {o}' for o in [*files[:most],*more])
 
-def bad_files(found, learn):
+def bad_files(found):
     "The files that are not well, listed"
-    items,same,damaged = learn.fix_match.unlabeled_dl.dataset.items,[],[]
-    if found.overlap is not None: same = [items[i] for i in found.overlap.pool[found.overlap.how == 'same']]
+    same = damaged = ()
     if found.damaged is not None: damaged = list(found.damaged['item'])
+    if found.duplicates is not None:
+        leaks = found.duplicates.query("set == 'pool' and in_set == 'validation' and how == 'same'")
+        same = list(leaks['image'])
     return _section('In validation too', same) + _section("Can't be opened", damaged)
 
 def stop_at_problems(learn):
@@ -50,7 +52,7 @@ def stop_at_problems(learn):
     if not found.problems: return
     problems = f"{len(found.problems)} problem{'s'*(len(found.problems) > 1)}"
     raise CommandError(f"the preflight found {problems}; mend that first, or train all the same with --no-check.\n"
-                       f"{Preflight(found.problems)}{bad_files(found, learn)}")
+                       f"{Preflight(found.problems)}{bad_files(found)}")
 
 # %% ../../nbs/cli/04_check.ipynb #cc48807b
 @command(Options, name='fixmatch_check', example='fixmatch_check --labeled labeled --unlabeled unlabeled')
@@ -74,7 +76,7 @@ def check_command(
     learn = make_learner(options, find_images(options, readable=False))
     n_epochs = (epochs or recipes[options.recipe]['epochs'])+options.head_first
     found = fixmatch_check(learn, n_epochs, images, speed, words=option_words(f'{duplicates} lists them'))
-    print(f'{bad_files(found, learn)}\n{found!r}'.strip())
+    print(f'{bad_files(found)}\n{found!r}'.strip())
     if found.duplicates is not None and len(found.duplicates):
         save_csv(found.duplicates, Path(duplicates))
         print(f'Written to {duplicates}: what is there twice, or looks so ({len(found.duplicates):,})')

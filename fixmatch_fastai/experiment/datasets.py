@@ -32,7 +32,7 @@ from .config import ExperimentConfig, named_datasets
 # %% ../../nbs/experiment/03_datasets.ipynb #502d484f
 class ArrayImages(Transform):
     "Opens `split/class/number` from arrays, and files and other images as fastai does"
-    input_types = (Path,str,torch.Tensor,np.ndarray,bytes,Image.Image) # what `predict` may be given
+    input_types = OpenImage.input_types # what `predict` may be given
     def __init__(self,
         arrays:dict # Split to its images, uint8 (N, H, W, 3)
     ):
