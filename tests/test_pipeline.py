@@ -28,11 +28,12 @@ from fastai.vision.all import (
     TransformBlock,
     aug_transforms,
     compose_tfms,
+    image2tensor,
     parent_label,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from fixmatch_fastai.augment import FixMatchBatchTransform, FixMatchTransform
 from fixmatch_fastai.core import finished
@@ -234,6 +235,60 @@ def test_presizing_hides_no_other_difference(photos):
         make_dls(photos, **tfms).unlabeled_dl(photos)
 
 
+def test_an_image_that_shows_nothing_hides_no_difference(photos, tmp_path):
+    blank = tmp_path / 'blank.png'
+    Image.new('RGB', (30, 24), (200, 200, 200)).save(blank)
+    with pytest.raises(ValueError, match='Mirrored makes something else'):
+        tfms = dict(item_tfms=Resize(24), batch_tfms=[Mirrored(), *aug_transforms(size=16)])
+        make_dls(photos, **tfms).unlabeled_dl([blank, *photos])
+
+
+@pytest.mark.parametrize('size, sees', [(128, 64), (40, 16), (256, 128)])
+@pytest.mark.parametrize('batch_tfms', [lambda n: aug_transforms(size=n, do_flip=False), RandomResizedCropGPU])
+def test_a_page_of_text_is_presized(photos, tmp_path, size, sees, batch_tfms):
+    page = Image.new('RGB', (400, 550), 'white')
+    for y in range(3, 540, 9):
+        ImageDraw.Draw(page).text((3, y), 'lorem ipsum dolor sit amet consectetur ' * 3, fill=0)
+    page.save(tmp_path / 'page.png')
+    dls = make_dls(photos, item_tfms=Resize(size, 'pad'), batch_tfms=batch_tfms(sees))
+    weak, _, _ = next(dls.unlabeled_dl([tmp_path / 'page.png'], bs=1, mu=1).stream())
+    assert weak.shape[-2:] == (sees, sees)
+
+
+def middle(x: TensorImage):
+    return x[..., 2:-2, 2:-2]
+
+
+class Backwards(ToTensor):
+    "As another library has its channels"
+
+    order = 4
+
+    def encodes(self, o: PILImage):
+        return TensorImage(image2tensor(o)[[2, 1, 0]])
+
+
+@pytest.mark.parametrize('tfms, name', [
+    (dict(item_tfms=Resize(16), batch_tfms=middle), 'middle'),
+    (dict(item_tfms=[Resize(16), Backwards()]), 'Backwards'),
+    (dict(item_tfms=Resize((20, 40)), batch_tfms=RandomResizedCropGPU(16)), 'RandomResizedCropGPU'),
+])  # fmt: skip
+def test_functions_and_ones_own_to_tensor_are_named(photos, tfms, name):
+    with pytest.raises(ValueError, match=f'^{name} makes something else of an unlabelled image'):
+        make_dls(photos, **tfms).unlabeled_dl(photos)
+
+
+class OfBoth(ItemTransform):
+    def encodes(self, xy):
+        x, y = xy
+        return x, y
+
+
+def test_a_transform_that_needs_the_label_is_named(photos):
+    with pytest.raises(TypeError, match='^OfBoth takes image and label together, and stops where there is no label'):
+        make_dls(photos, item_tfms=[OfBoth(), Resize(16)]).unlabeled_dl(photos)
+
+
 class Shuffled(DisplayedTransform):
     "By chance in validation too"
 
@@ -245,6 +300,26 @@ class Shuffled(DisplayedTransform):
 
 def test_chance_on_the_labeled_side_is_no_difference(photos):
     make_dls(photos, item_tfms=Resize(16), batch_tfms=Shuffled()).unlabeled_dl(photos)
+
+
+class Unseeded(DisplayedTransform):
+    "By a chance of its own"
+
+    order = 20
+
+    def __init__(self):
+        self.rng = np.random.default_rng()
+
+    def encodes(self, x: TensorImage):
+        return x + 0.01 * torch.as_tensor(self.rng.random(x.shape[-2:]), dtype=torch.float32)
+
+
+@pytest.mark.parametrize('noise', [Shuffled, Unseeded])
+def test_chance_hides_no_difference(photos, noise):
+    make_dls(photos, item_tfms=Resize(24), batch_tfms=[noise(), *aug_transforms(size=16)]).unlabeled_dl(photos)
+    for tfms in ([noise(), Centre()], [noise(), Mirrored(), *aug_transforms(size=16)]):
+        with pytest.raises(ValueError, match='makes something else'):
+            make_dls(photos, item_tfms=Resize(24), batch_tfms=tfms).unlabeled_dl(photos)
 
 
 IN_ITEMS = [Early, Turn, Negative, lambda: CropPad(12), lambda: Resize(20), lambda: Flip(p=1)]
