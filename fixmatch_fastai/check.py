@@ -25,6 +25,7 @@ from .duplicates import images_of, matches
 from .findings import Finding, Preflight, Words
 from .inspection import Inspection, StoppedLoader, class_table, damaged_table, dataset_of
 from .inspection import duplicates_table, limits, overlap_table, pool_differences
+from .opening import how_to_open_heic
 from .rehearsal import loaders_as_they_were, model_as_it_was, workers_of
 
 # %% ../nbs/09_check.ipynb #11f84853
@@ -58,8 +59,7 @@ def _check_validation(s):
     if not n: return
     points = _points(n)
     return (f'{n:,} validation images: an accuracy of about 50 % is known to within {points:.0f} points',
-        (points > 10, 'note', "Smaller differences than that mean nothing: label more images to validate on, and "
-            f"{s.words.both_sides}."))
+        (points > 10, 'note', f"Smaller differences than that mean nothing: {s.words.more_valid}."))
 
 def _check_both_sides(s):
     train,valid = s.counts['labelled'],s.counts['validation']
@@ -116,7 +116,7 @@ def _check_names(s):
     names = s.vocab or ()
     alike,system = names_alike(names),[o for o in names if o in system_folders]
     if not alike and not system: return
-    found = [f'{" and ".join(map(repr, o))} are classes of their own' for o in alike]
+    found = [f'{" and ".join(map(ascii, o))} are classes of their own' for o in alike]
     found += [f'{o!r} is a class, which a system or an archive made' for o in system]
     return '; '.join(found),(True, 'problem', "Put the images of one class into one folder, and take out what shows "
                                               "no class.")
@@ -128,7 +128,8 @@ _folder_checks = {
     'empty folders': ('empty', "They are no classes: put images into them, or remove them."),
     'system folders': ('system', "A system or an archive made them: remove them, as they show no class."),
     'images beside': ('beside', "They have no class: put them into the folder of theirs."),
-    'images below': ('below', "They are not of the outer folder's class: move them up into it.")}
+    'images below': ('below', "They are not of the outer folder's class: move them up into it; or, where they are "
+                                       "another set, as one to validate on, out of the folder of classes.")}
 
 # %% ../nbs/09_check.ipynb #5f9e898e
 def _unreadable(seen, kind):
@@ -137,11 +138,19 @@ def _unreadable(seen, kind):
     return (f'{len(seen.damaged):,} of {seen.n:,} {kind} images opened were unreadable, '
             f'such as {seen.images.name(seen.damaged.index[0])} ({why})')
 
+def _mend(s, *sets):
+    "Advice on images that can't be opened"
+    errors = [e for o in sets for e in o.errors.values()]
+    n_heic = sum(how_to_open_heic in e for e in errors)
+    heic = f'{n_heic:,} are {how_to_open_heic}' if n_heic else ''
+    if n_heic == len(errors): return heic
+    return ' '.join(filter(None, [heic,f"Mend or remove {'the others' if heic else 'them'}: {s.words.damaged}."]))
+
 def _check_files(s):
     pool = s.images.pool
     if pool is None: return
     if pool.damaged.empty: return f'all {pool.n:,} unlabelled images opened were readable',
-    advice = f"The loader puts others in their place; mend or remove them: {s.words.damaged}."
+    advice = f"The loader puts others in their place. {_mend(s, pool)}"
     return (_unreadable(pool, 'unlabelled'),
         (not s.ours, 'problem', "Training will stop at the first of them: mend or remove them, or make the "
             "loader with `dls.unlabeled_dl(files)`, which puts others in their place."),
@@ -149,8 +158,10 @@ def _check_files(s):
 
 def _check_labelled_files(s):
     sides = {k: s.images.sets.get(k) for k in ('labelled','validation')}
-    found = [_unreadable(seen, k) for k,seen in sides.items() if seen and not seen.damaged.empty]
-    if found: return '; '.join(found),(True, 'problem', f"Mend or remove them: {s.words.damaged}.")
+    found = {k: o for k,o in sides.items() if o and o.errors}
+    if found: return '; '.join(_unreadable(o, k) for k,o in found.items()),(True, 'problem', _mend(s, *found.values()))
+
+def _sentence(words): return f'{words[0].upper()}{words[1:]}.'
 
 def _of_all(s, what):
     "Names of the images of all loaders that are `what`, and how many were looked at"
@@ -160,16 +171,20 @@ def _of_all(s, what):
 def _check_upright(s):
     names,n = _of_all(s, 'lying')
     if not names: return
-    advice = s.words.open_upright
     return (f'{len(names):,} of {n:,} images opened are not turned as their files say, such as {names[0]}',
-        (True, 'note', f"{advice[0].upper()}{advice[1:]}."))
+        (True, 'note', _sentence(s.words.open_upright)))
 
 def _check_blank(s):
     names,n = _of_all(s, 'blank')
     if not names: return
     return (f'{len(names):,} of {n:,} images opened are blank, such as {names[0]}',
-        (len(names) > .1*n, 'problem', f"Look at them: {s.words.blank}."),
-        (True, 'note', "Look at them, and take out what shows nothing."))
+        (True, 'problem' if len(names) > .1*n else 'note', "Look at them, and take out what shows nothing."))
+
+def _check_bits(s):
+    names,n = _of_all(s, 'cut_off')
+    if not names: return
+    return (f'{len(names):,} of {n:,} images opened have more than 8 bits, and all above 255 is white, '
+            f'such as {names[0]}', (True, 'problem', _sentence(s.words.bits)))
 
 # %% ../nbs/09_check.ipynb #e918458b
 def _in_validation(images, how, what):
@@ -214,27 +229,30 @@ def _check_validation_copies(s):
         (near, 'note', f"Look at them, and if they are the same take them out of one of the two; "
             f"{s.words.duplicates}."))
 
-def _twice_labelled(s):
-    "Pairs of labelled images that are the same, as `(name, name, are they of one class?)`"
+def _twice_labelled(s, how='same'):
+    "Pairs of labelled images that are the same, or nearly, as `(name, name, are they of one class?)`"
     sides = dict(labelled=s.labels, validation=s.valid_labels)
     for a,b in (('labelled','labelled'), ('validation','validation'), ('validation','labelled')):
         if sides[a] is None or sides[b] is None: continue
-        for i,j in s.images.copies(a, b):
+        for i,j in s.images.copies(a, b, how):
             one_class = sides[a][1](i) == sides[b][1](j)
             names = s.images.sets[a].images.name(i),s.images.sets[b].images.name(j)
             if a == b or not one_class: yield *names,one_class # across the two, `copies` tells of those of one class
 
 def _check_two_classes(s):
-    found = [(a,b) for a,b,one_class in _twice_labelled(s) if not one_class]
-    if not found: return
-    return (first_names(map(' is '.join, found), 3),
-        (True, 'problem', f"One of the labels is wrong: remove one of each pair; {s.words.duplicates}."))
+    same,near = ([' is '.join(o[:2]) for o in _twice_labelled(s, how) if not o[2]] for how in ('same','near'))
+    if not same and not near: return
+    found = [first_names(same, 3)]*bool(same) + [f'nearly {first_names(near, 3)}']*bool(near)
+    advice = f"remove one of each pair; {s.words.duplicates}."
+    return '; '.join(found),(same, 'problem', f"One of the labels is wrong: {advice}"),(
+        True, 'note', f"Look at them, and if they show the same, one of the labels is wrong: {advice}")
 
 def _check_labelled_twice(s):
-    found = [(a,b) for a,b,one_class in _twice_labelled(s) if one_class]
+    found,near = ([' is '.join(o[:2]) for o in _twice_labelled(s, how) if o[2]] for how in ('same','near'))
+    n = sum(s.images.sets[o].n for o in ('labelled','validation') if o in s.images.sets)
+    if len(near) > .05*n: found += [f'{len(near):,} of {n:,} are nearly another, such as {near[0]}']
     if not found: return
-    return (first_names(map(' is '.join, found), 3),
-        (True, 'note', f"They count twice: remove one of each pair; {s.words.duplicates}."))
+    return first_names(found, 3),(True, 'note', f"They count twice: remove one of each pair; {s.words.duplicates}.")
 
 def _check_pool_twice(s):
     if s.images.pool is None: return
@@ -376,7 +394,8 @@ checks = dict(
     folders={'class names': _check_names,
              **{k: partial(_check_fault, fault=fault, advice=advice) for k,(fault,advice) in _folder_checks.items()}},
     images={'files': _check_files, 'labelled files': _check_labelled_files, 'upright': _check_upright,
-            'blank': _check_blank, 'in validation': _check_in_validation, 'near validation': _check_near_validation,
+            'blank': _check_blank, 'bits': _check_bits,
+            'in validation': _check_in_validation, 'near validation': _check_near_validation,
             'in labels': _check_in_labels, 'copies': _check_validation_copies, 'two classes': _check_two_classes,
             'labelled twice': _check_labelled_twice, 'pool twice': _check_pool_twice, 'kinds': _check_kinds},
     views={'strong views': _check_strong_views, 'weak views': _check_weak_views, 'originals': _check_originals},

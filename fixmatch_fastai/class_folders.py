@@ -34,7 +34,7 @@ def _alike(name): return unicodedata.normalize('NFKC', name).casefold().strip()
 
 def names_alike(names)->list: # Of lists, each of two names or more
     "Names that differ in case or blanks only, or in how an accent is written"
-    return [sorted(o) for o in groupby(set(names), _alike).values() if len(o) > 1]
+    return sorted(sorted(o) for o in groupby(set(names), _alike).values() if len(o) > 1)
 
 # %% ../nbs/08d_class_folders.ipynb #5b9fc3c4
 def folder_faults(

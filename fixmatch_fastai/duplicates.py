@@ -22,7 +22,7 @@ from torch.utils.data import Subset
 from .core import item_at
 from .data import UnlabeledViews
 from .kinds import kind_of
-from .opening import is_blank, left_lying, open_late
+from .opening import is_blank, is_cut_off, left_lying, open_late
 from .pipeline import as_pil
 
 # %% ../nbs/08b_duplicates.ipynb #5b9dd5b7
@@ -70,7 +70,8 @@ def perceptual_hash():
 
 class Hashes:
     """Of at most `n` images, by number: `pixels`, `kinds`, `sizes`, `looks` if a `phash` is given, and `errors` of
-    what can't be opened; and the numbers of those that are `blank`, or that lie otherwise than their file says"""
+    what can't be opened; and the numbers of those that are `blank`, that lie otherwise than their file says, or that
+    are `cut_off` at 255, of which no more is looked at: they look like others that are"""
     def __init__(self,
         images:DatasetImages,
         n:int,
@@ -79,7 +80,7 @@ class Hashes:
     ):
         self.images,self.files = images,{}
         self.pixels,self.looks,self.kinds,self.sizes,self.errors = {},{},{},{},{}
-        self.blank,self.lying = [],[]
+        self.blank,self.lying,self.cut_off = [],[],[]
         for i in watch(sample_idxs(len(images), n)):
             try: self.sizes[i],img = self._open(i)
             except Exception as e: self.errors[i] = f'{type(e).__name__}: {e}' # PIL raises many kinds
@@ -93,14 +94,17 @@ class Hashes:
         return size,img.convert('RGB')
 
     def _look(self, i, img, phash):
+        file = self.images.item(i)
+        if not isinstance(file, (str,Path)): file = None
+        if file and is_cut_off(file, img): return self.cut_off.append(i)
         self.pixels[i] = self.sizes[i],hashlib.blake2b(img.tobytes(), digest_size=16).digest()
         self.kinds[i] = kind_of(img)
         if phash: self.looks[i] = phash(img)
         if is_blank(img): self.blank.append(i)
-        elif isinstance(file := self.images.item(i), (str,Path)) and left_lying(file, img): self.lying.append(i)
+        elif file and left_lying(file, img): self.lying.append(i)
 
     @property
-    def n(self): return len(self.pixels)+len(self.errors)
+    def n(self): return len(self.sizes)+len(self.errors)
     def __str__(self): return f'{self.n:,}' if self.n == len(self.images) else f'{self.n:,} of {len(self.images):,}'
 
     @property

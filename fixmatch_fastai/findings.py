@@ -91,9 +91,10 @@ class Words:
     epoch:str = '`dls.repeat_train(100)`'
     even_policy:str = '`AdaMatch()` or `DebiasMatch()`'
     open_upright:str = 'open images with `UprightImage`, as in `ImageBlock(UprightImage)` or `img_cls=UprightImage`'
-    blank:str = 'of more than 8 bits, `PILImage` leaves a blank, and `UprightImage` does not'
+    bits:str = 'open images with `UprightImage`, as in `ImageBlock(UprightImage)`, which scales them'
     stronger:str = 'give `FixMatchTransform` a `strong` that changes images more than `weak` does, or leave it out'
     both_sides:str = 'split with `StratifiedSplitter()`, which keeps images of each class on both sides'
+    more_valid:str = 'label more images to validate on, and split with `StratifiedSplitter()`'
     few_labels:str = ('`learn.fine_tune_fixmatch(unlabeled_dl)`, or `FixMatch(unlabeled_dl, '
                       'teacher=ModelEMA(half_life=40), warmup=0.4)` after `probe_head(learn)`')
     damaged:str = '`damaged` of this report lists them'
@@ -103,4 +104,5 @@ class Words:
 
 torch_words = Words(workers='`num_workers={n}`', epoch='a `RandomSampler(dataset, num_samples=100*bs)` as `sampler`',
                     open_upright="turn them with `ImageOps.exif_transpose` of Pillow's",
+                    bits='scale them to 8 bits when they are opened', more_valid='label more images to validate on',
                     both_sides='split so that each class is on both sides', look='look at some')

@@ -171,12 +171,15 @@ def _compared(item, item_tfms, *rest):
 
 
 # %% ../nbs/00b_pipeline.ipynb #051b958c
+def _without(t, tfms):
+    "`tfms` without those of the kind of `t`"
+    return [o for o in tfms if o is not t and (type(o) is Transform or type(o) is not type(t))]
+
 def _culprit(item, item_tfms, batch_tfms, device, size):
     "The transform without which both ways are alike, or `None`; rather one that leaves the `size` as it is"
     n,found = len(item_tfms)-len(ImageWay(item_tfms).tensor_tfms),[]
     for t in [*item_tfms[n:],*batch_tfms]:
-        def without(tfms): return [o for o in tfms if o is not t and (type(o) is Transform or type(o) is not type(t))]
-        try: way,alike = _compared(item, item_tfms[:n]+without(item_tfms[n:]), without(batch_tfms), device)
+        try: way,alike = _compared(item, item_tfms[:n]+_without(t, item_tfms[n:]), _without(t, batch_tfms), device)
         except Exception: continue # what comes behind may need it
         if alike: found.append((way.size == size,t))
     return next((t for same_size in (True,False) for same,t in found if same == same_size), None)

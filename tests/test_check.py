@@ -386,7 +386,18 @@ def test_unreadable_files(fine, unseen, tmp_path, n, expected):
     assert list(report.damaged.index) == list(range(len(unseen), len(unseen) + n))
     assert list(report.damaged.item) == [tmp_path / f'{i}.png' for i in range(n)]
     assert (n == 0) == ('were readable' in report['files'].found)
+    assert 'HEIC' not in report['files'].advice
     assert len(learn.fix_match.damaged) == 0  # not what a fit met
+
+
+def test_heic_that_can_not_be_opened_is_no_file_to_remove(fine, unseen, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pillow_heif', None)
+    phone, torn = tmp_path / 'phone.heic', tmp_path / 'torn.png'
+    phone.write_bytes(b'\0\0\0\x18ftypheic' + bytes(200))
+    torn.write_bytes(b'no image')
+    advice = check(fine(pool=unseen + [phone]))['files'].advice
+    assert '1 are HEIC, which Pillow opens with pillow-heif: install it by' in advice and 'emove' not in advice
+    assert 'Mend or remove the others' in check(fine(pool=unseen + [phone, torn]))['files'].advice
 
 
 def test_unreadable_files_stop_a_torch_loader(fine, unseen, tmp_path):
@@ -887,6 +898,19 @@ def test_one_image_in_two_classes_or_twice_in_one(folders):
     assert report['two classes'].found == '1/03_.png is 0/01.png, 1/50.png is 0/00.png'
     assert report['labelled twice'].found == '1/04_.png is 1/02.png'
     assert {'00.png', '01.png', '02.png'} <= {o.name for o in report.duplicates.copy_of}
+
+
+def test_one_image_in_two_classes_that_was_saved_again(folders):
+    pytest.importorskip('imagehash')
+
+    def spoil(root):
+        resaved(root, '0/00.png', '1/50.png')  # labelled in one, validated in the other
+        resaved(root, '0/01.png', '1/03_.png')
+
+    report = check(folders(spoil, n=20))
+    assert level(report, 'two classes') == 'note' and 'labelled twice' not in report
+    found = report['two classes'].found
+    assert found.startswith('nearly ') and '1/03_.png is 0/01.png' in found and '1/50.png is 0/00.png' in found
 
 
 def test_a_pool_with_everything_twice(fine, unseen):

@@ -25,7 +25,8 @@ def check(*args, data=DATA):
 def test_check_says_whether_there_are_problems(there, tmp_path, capsys):
     before = sorted(there.rglob('*'))
     assert check() == 0
-    assert 'labels' in (out := capsys.readouterr().out) and '0 problems' in out and 'damaged.png' in out
+    assert 'labels' in (out := capsys.readouterr().out) and '0 problems' in out
+    assert re.search(r"\n  .*damaged.png can't be opened \(|\n  .*damaged.png: ", out)
     Image.open(find_images(options()).valid['2'][0]).save(tmp_path / 'saved.bmp')
     assert check(data=[*DATA, tmp_path]) == 1
     assert 'In validation too:\n' in (out := capsys.readouterr().out) and 'saved.bmp' in out and '1 problem' in out
@@ -153,5 +154,9 @@ def test_training_names_all_damaged_labels_at_once_and_stops_at_problems(every_f
 def test_a_class_of_damaged_images_alone(every_fault, capsys):
     (other,) = (o for o in os.listdir('labeled/Dog') if o != '00_first.png')
     os.remove(f'labeled/Dog/{other}')
+    with open('valid/dog/torn.png', 'wb') as f:
+        f.write(b'no image')
     assert exit_code(check_command, *every_fault, *SMALL[:-2], '--no-speed') == 2
-    assert "The labelled image labeled/Dog/00_first.png can't be opened" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    for name in ('Dog/00_first.png', 'cat/cut.png', 'dog/empty.jpg', 'dog/torn.png'):
+        assert name in err

@@ -214,22 +214,31 @@ def test_the_preflight_counts_what_lies(phone_folders, tmp_path, img_cls, found)
         assert 'UprightImage' in report['upright'].advice
 
 
-def test_the_preflight_finds_blanks(phone_folders, tmp_path):
+def slice_of(i):
+    "A slice of a scan: 16 bits, dark around it"
+    grey = np.asarray(picture(i).convert('L'), dtype=float)
+    return np.where(grey > 100, grey * 200 + 2000, 0)
+
+
+@pytest.mark.parametrize('img_cls, found', [(PILImage, True), (UprightImage, False)])
+@pytest.mark.parametrize('dtype, ending', [(np.uint16, 'png'), (np.int32, 'tif'), (np.float32, 'tif')])
+def test_the_preflight_finds_more_than_8_bits(phone_folders, tmp_path, img_cls, found, dtype, ending):
     pool = sorted((phone_folders / 'unlabeled').glob('*'))
+    Image.new('RGB', (40, 24)).save(tmp_path / 'blank.png')
     for i in range(3):
-        ramp = np.linspace(1000, 60000, 24 * 40).reshape(24, 40).astype(np.uint16)
-        Image.fromarray(ramp).save(tmp_path / f'deep{i}.png')
-        pool.append(tmp_path / f'deep{i}.png')
+        Image.fromarray(slice_of(i % 2).astype(dtype)).save(tmp_path / f'deep{i}.{ending}')  # one of them twice
+        pool.append(tmp_path / f'deep{i}.{ending}')
     labeled = sorted((phone_folders / 'labeled').rglob('*.jpg'))
-    for img_cls in (PILImage, UprightImage):
-        block = DataBlock((ImageBlock(img_cls), CategoryBlock), get_y=parent_label, item_tfms=Resize(16))
-        dls = block.dataloaders(labeled, bs=2, num_workers=0)
-        loader = dls.unlabeled_dl(pool, mu=1, tfm=FixMatchTransform(weak=as_it_is))
-        learn = Learner(dls, tiny_net(2, n_in=3), metrics=accuracy, path=tmp_path, cbs=FixMatch(loader))
-        report = fixmatch_check(learn, speed=False)
-        assert ('blank' in report) == (img_cls is PILImage)
-        if img_cls is PILImage:
-            assert report['blank'].level == 'problem' and report['blank'].found.startswith('3 of 19 images opened')
+    block = DataBlock((ImageBlock(img_cls), CategoryBlock), get_y=parent_label, item_tfms=Resize(16))
+    dls = block.dataloaders(labeled, bs=2, num_workers=0)
+    loader = dls.unlabeled_dl([*pool, tmp_path / 'blank.png'], mu=1, tfm=FixMatchTransform(weak=as_it_is))
+    learn = Learner(dls, tiny_net(2, n_in=3), metrics=accuracy, path=tmp_path, cbs=FixMatch(loader))
+    report = fixmatch_check(learn, speed=False)
+    assert report['blank'].found.startswith('1 of 20 images opened are blank')
+    assert ('bits' in report) == found and len(report.duplicates.query("how == 'same'")) == 1  # by file
+    if found:
+        assert report['bits'].level == 'problem' and report['bits'].found.startswith('3 of 20 images opened')
+        assert 'UprightImage' in report['bits'].advice
 
 
 @cache

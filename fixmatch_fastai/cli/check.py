@@ -21,7 +21,8 @@ def option_words(
     return Words(bs='--bs', mu='--mu', size='--size', half='--fp16', workers='--workers {n}', epoch='--steps 100',
                  even_policy='--policy adamatch or debiasmatch', few_labels='--recipe finetune', damaged=below,
                  overlap=below, duplicates=duplicates, look='look at some', open_upright='report this as a bug',
-                 blank='nothing can be learned from one', stronger='look at the images, and use a larger --size',
+                 bits='report this as a bug', more_valid='give more with --valid, or keep more with --valid-pct',
+                 stronger='look at the images, and use a larger --size',
                  both_sides='give images of each class with --valid, or leave it out, so that some of each are kept')
 
 def _section(title, files, most=20):
@@ -30,10 +31,14 @@ def _section(title, files, most=20):
     more = [f'and {len(files)-most:,} more'] if len(files) > most else []
     return f'\n{title}:' + ''.join(f'\n  {o}' for o in [*files[:most],*more])
 
+def _with_reason(file, error):
+    reason = error.split(': ', 1)[-1]
+    return reason if reason.startswith(str(file)) else f'{file}: {reason}'
+
 def bad_files(found):
     "The files that are not well, listed"
     same = damaged = ()
-    if found.damaged is not None: damaged = list(found.damaged['item'])
+    if found.damaged is not None: damaged = [*map(_with_reason, found.damaged['item'], found.damaged['error'])]
     if found.duplicates is not None:
         leaks = found.duplicates.query("set == 'pool' and in_set == 'validation' and how == 'same'")
         same = list(leaks['image'])

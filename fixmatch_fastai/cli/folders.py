@@ -62,12 +62,13 @@ def find_pool(folders, without):
     return kept
 
 # %% ../../nbs/cli/01_folders.ipynb #f6b3ccd1
-def _readable_first(images, size):
-    "Images by class, those that can be opened first: fastai's `DataLoaders` try the first one of all"
+def _readable_first(images, valid, size):
+    """Images by class, those that can be opened first, as fastai's `DataLoaders` try the first one of all; where none
+    of a class can, a `CommandError` names all damaged images, those of `valid` too"""
     damaged = damaged_images(flat(images), size)
-    for k,files in images.items():
-        if damaged.keys() >= {*files}: check_readable(files, size)
+    if any(damaged.keys() >= {*files} for files in images.values()): check_readable(flat(images)+flat(valid), size)
     return {k: files.sorted(damaged.__contains__) for k,files in images.items()}
+
 
 # %% ../../nbs/cli/01_folders.ipynb #8163b7f8
 def flat(images:dict): return L(o for v in images.values() for o in v)
@@ -96,5 +97,5 @@ def find_images(
     both = {o.resolve() for o in flat(train)} & {o.resolve() for o in flat(valid)}
     if both: raise CommandError(f"--valid and --labeled share images, such as {min(both).name}: validate on others.")
     if readable: check_readable(flat(train)+flat(valid), options.size)
-    else: train = _readable_first(train, options.size)
+    else: train = _readable_first(train, valid, options.size)
     return Images(train, valid, find_pool(options.unlabeled, flat(valid)))
