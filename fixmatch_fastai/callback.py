@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .batch import (Step, check_decision, check_labeled, check_loader, check_logits, check_losses,
                                    check_target, check_views, interleaved, kept_rows, tells_truth, unpack)
-from .core import batch_size_of, endless, evaluating, finished, not_to_predict
+from .core import FitCallback, batch_size_of, endless, evaluating, finished, not_to_predict
 from .policy import FixedThreshold, Policy, PseudoLabels, SemiBatch, alone, masked
 from .record import SemiRecorder
 
@@ -86,7 +86,7 @@ class EarlyPass(Callback):
         for fm in self.learn._grab_cbs(FixMatch): fm.label_weak()
 
 # %% ../nbs/04_callback.ipynb #6ba35d2a
-class FixMatch(Callback):
+class FixMatch(FitCallback):
     "Training on labelled and unlabelled images ([FixMatch](https://arxiv.org/abs/2001.07685), algorithm 1)"
     # after MixUp and CutMix (0) blend the labelled batch, which must not see ours;
     # before GradientAccumulation (6) may cancel the step
@@ -181,7 +181,7 @@ class FixMatch(Callback):
     def before_fit(self):
         self._clean_up()
         self._seat_teacher()
-        if not self.create_mbar: return self._recorder.start() # in `validate` and `get_preds`
+        if self.learn.lock.locked(): return self._recorder.start() # in `validate` and `get_preds`
         known = self.unlabeled_dl is not None and tells_truth(self.unlabeled_dl, self.policy.multi_label, self.dls)
         self._recorder.start(['loss_x','loss_u','mask_rate'] + ['pseudo_acc']*known)
 

@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.torch_basics import Path, Tensor, nn, noop, patch, store_attr, to_device
@@ -25,7 +24,7 @@ from timm.data import create_transform, resolve_model_data_config
 from .augment import to_plain_mode, uint8_tensor
 from .batch import unpack
 from .callback import FixMatch
-from .core import as_series, escape_name, evaluating, finished, item_at
+from .core import FitCallback, as_series, escape_name, evaluating, finished, item_at
 from .data import UnlabeledDL
 from .items import listed
 from .opening import open_upright
@@ -634,7 +633,7 @@ def plot_suspect_labels(
     return _plot_files(df, title, ncols, ['tab:red' if o else '0.5' for o in df['suspect']])
 
 # %% ../nbs/10_interpret.ipynb #b59e4d20
-class ShowPseudoLabels(Callback):
+class ShowPseudoLabels(FitCallback):
     """A graph of `mask_rate` and `pseudo_acc` under the progress bar, drawn anew after each epoch, as fastai's
     `ShowGraphCallback` draws losses"""
     order,run_valid = ProgressCallback.order + 5,False

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.callback.core import TrainEvalCallback
 from fastai.callback.schedule import Learner, ParamScheduler, SchedCos, combine_scheds
 from fastai.data.core import TfmdDL
 from fastai.optimizer import OptimWrapper
@@ -25,12 +25,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import show # noqa: F401  `FixMatch.peek`
 from .callback import FixMatch
-from .core import evaluating, modes_kept, unwrap_dl
+from .core import FitCallback, evaluating, modes_kept, unwrap_dl
 from .ema import ModelEMA
 from .policy import AlignedLabels, sum_rows
 
 # %% ../nbs/07_recipe.ipynb #60372a02
-class FrozenBatchNorm(Callback):
+class FrozenBatchNorm(FitCallback):
     "Keeps BatchNorm in eval mode in training: running statistics are used, and stay; weights and biases learn"
     order = TrainEvalCallback.order + 1 # which puts the model in training mode
     def before_train(self):
@@ -224,7 +224,7 @@ def _learn_probe(head, f, weight, bias, n_steps, lr, bs=64):
             sched.step()
 
 # %% ../nbs/07_recipe.ipynb #f01443a4
-class PoolCheck(Callback):
+class PoolCheck(FitCallback):
     "Leaves the pool out after `FixMatch`'s warm-up if teacher and first network label it differently"
     order,run_valid = FixMatch.order - 1,False # decides before the first unlabelled batch is asked for
 

@@ -16,26 +16,27 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import _inner_loop, Callback, CancelFitException
 from fastai.learner import Recorder
 from fastcore.basics import patch
 from fastcore.xtras import truncstr
 from matplotlib.transforms import offset_copy
 from torch import Tensor
 
-from .core import escape_name, processes
+from .core import FitCallback, escape_name, inside_fit, processes
 from .policy import PseudoLabels
 
 # %% ../nbs/05_record.ipynb #6cf10b86
-class StepRecorder(Callback):
+class StepRecorder(FitCallback):
     "Adds columns to the table of a fit, and keeps numbers of each step; subclasses give `step_type` and `means`"
     # after Recorder (50) has written its own names and values,
     # before TensorBoard (51), the progress bar and trackers (60) read them
     order = Recorder.order + 0.5
-    _stateattrs = ('_rows','_steps')
+    _stateattrs = ('_rows','_steps','_fit_state')
     step_type,default_columns = None,() # a NamedTuple of numbers, and those columns that are shown by default
-    _columns,_values,_first_column = (),(),None
+    _columns,_values,_first_column = (),(),0
     _rows,_fresh,_from = (),True,0
+    _fit_state = ()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -49,24 +50,40 @@ class StepRecorder(Callback):
 
     def before_fit(self):
         names = self.learn.recorder.metric_names
-        first = len(names) - (names[-1] == 'time')
-        # in `validate` and `get_preds` too, as trackers given to the Learner look for what they monitor;
+        self._first_column = first = len(names) - (names[-1] == 'time')
+        # in `validate` and `get_preds` too, as trackers given to the Learner look for what they monitor
         names[first:first] = list(self._columns)
-        # but there are no values where nothing is trained, and fastai makes no bar
-        self._first_column = first if self.create_mbar else None
 
     def after_validate(self):
         recorder,first = self.learn.recorder,self._first_column
-        if first is None or len(recorder.log) > first: return
+        # `validate` and `get_preds`, which hold the lock, train nothing and have no values
+        if self.learn.lock.locked() or len(recorder.log) > first: return
         # where training or validation was cut short, Recorder leaves values out
         recorder.log += [nan]*(first-len(recorder.log))
         recorder.log += self._values
 
     def after_epoch(self):
-        if self.create_mbar: return
+        if not self.learn.lock.locked(): return
         recorder = self.learn.recorder
         missing = len(recorder.metric_names)-1-len(recorder.values[-1])
         recorder.values[-1] = recorder.values[-1] + [nan]*missing # what `validate` returns stays short
+
+# %% ../nbs/05_record.ipynb #d6d610d7
+_reset_at_start = {'epoch','train_iter','pct_train', 'lrs','iters','losses','values','metric_names','log', 'count','val'}
+
+def _state_of_fit(learn):
+    "`(object, attributes)` of what fastai's callbacks forget where a fit begins"
+    recorder = learn.recorder
+    return [(o, {k: v for k,v in vars(o).items() if k in _reset_at_start})
+            for o in (learn, recorder, recorder.smooth_loss)]
+
+@patch
+def __call__(self:StepRecorder, event_name):
+    Callback.__call__(self, event_name)
+    if not self.learn.lock.locked():
+        if event_name not in _inner_loop: self._fit_state = _state_of_fit(self.learn)
+    elif event_name == 'after_fit' and inside_fit(self.learn):
+        for o,attributes in self._fit_state: vars(o).update(attributes)
 
 # %% ../nbs/05_record.ipynb #816565a5
 _every = 100 # steps, after which they are fetched and looked through
@@ -333,7 +350,7 @@ def _warn(self:SemiRecorder, kind, window):
     if processes()[0] == 0: warnings.warn(self.trouble[kind], stacklevel=2)
 
 # %% ../nbs/05_record.ipynb #36b00ecf
-class StopOnTrouble(Callback):
+class StopOnTrouble(FitCallback):
     "Ends the fit where `FixMatch` only warns: a loss is not finite, or for long no label counts or all are alike"
     order,run_valid = SemiRecorder.order + 0.1,False
     def after_batch(self):

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import OptimWrapper
@@ -26,7 +25,7 @@ from torch.amp import GradScaler
 
 from ..batch import check_loader, tells_truth
 from ..callback import FixMatch, OneCallLoss, own_loss
-from ..core import describe, evaluating, processes
+from ..core import FitCallback, describe, evaluating, processes
 from ..policy import UDA, SemiBatch
 from ..record import StepRecorder
 
@@ -95,7 +94,7 @@ def _check_number(name, v, low, high, what):
 def _value_at(v, pct): return v(pct) if callable(v) else v # of a schedule, or a number
 
 # %% ../../nbs/self_training/05_meta_pseudo_labels.ipynb #dba1c339
-class MetaPseudoLabels(Callback):
+class MetaPseudoLabels(FitCallback):
     """Trains the Learner's model as the student of a teacher that learns from the student's progress on the labels
     ([Meta Pseudo Labels](https://arxiv.org/abs/2003.10580), section 2)"""
     # after MixUp and CutMix (0), which are refused; before MixedPrecision (10), whose `before_step` may cancel the
@@ -359,7 +358,7 @@ def after_fit(self:MetaPseudoLabels):
 @patch
 def before_fit(self:MetaPseudoLabels):
     self._clean_up()
-    if not self.create_mbar: return self._recorder.start() # in `validate` and `get_preds`
+    if self.learn.lock.locked(): return self._recorder.start() # in `validate` and `get_preds`
     self._check_setting() # here, as MixUp swaps the loss in `before_train`
     self._recorder.start(['teacher_loss','signal'] + ['pseudo_acc']*tells_truth(self.unlabeled_dl, dls=self.dls))
 
