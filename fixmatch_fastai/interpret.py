@@ -23,7 +23,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from .augment import to_plain_mode, uint8_tensor
 from .batch import unpack
-from .callback import FixMatch
+from .callback import FixMatch, logits_of
 from .core import FitCallback, as_series, escape_name, evaluating, finished, item_at
 from .data import UnlabeledDL
 from .items import listed
@@ -146,7 +146,7 @@ def _interpret(cls, learn, dl, fm):
         damaged.update(errors)
         if batch is None or not len(batch[0]): continue
         x,truth,idxs = finished(to_device(batch[0], device), learn.dls),*batch[1:]
-        logits = eval_logits(learn.model, x, None)
+        with evaluating(learn.model): logits = logits_of(learn, learn.model, x).float()
         noted = idxs if dl is fm.unlabeled_dl else torch.zeros_like(idxs) # of other pools a policy has no notes
         targets,weights = fm.decide(known._replace(weak=x, idxs=noted.to(device), logits_weak=logits))
         if targets.ndim == 2: targets = targets.argmax(1)

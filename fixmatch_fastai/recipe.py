@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import show # noqa: F401  `FixMatch.peek`
-from .callback import FixMatch
+from .callback import FixMatch, logits_of
 from .core import FitCallback, evaluating, modes_kept, unwrap_dl
 from .ema import ModelEMA
 from .policy import AlignedLabels, sum_rows
@@ -241,7 +241,8 @@ class PoolCheck(FitCallback):
         if self.epoch or self._sample is not None: return
         batches = []
         while sum(len(o.weak) for o in batches) < self.n: batches.append(self.learn.fix_match.peek(labeled=False)[0])
-        with evaluating(self.model): self._sample = [(o,self.model(o.weak).argmax(1)) for o in batches]
+        with evaluating(self.model):
+            self._sample = [(o,logits_of(self.learn, self.model, o.weak).argmax(1)) for o in batches]
 
     def before_batch(self):
         "The teacher labels the same sample, once the warm-up is over"
@@ -253,8 +254,8 @@ class PoolCheck(FitCallback):
         self._act()
 
     def _agreement(self, fm, batch, labels): # → weights of the images on which both agree, and of all, (2,)
-        average = fm.teacher.ema
-        with evaluating(average.module): logits = average(batch.weak).float()
+        average = fm.teacher.ema.module
+        with evaluating(average): logits = logits_of(self.learn, average, batch.weak).float()
         targets,weights = fm.decide(batch._replace(logits_weak=logits))
         if targets.ndim == 2: targets = targets.argmax(1)
         return torch.stack([(weights*(targets == labels)).sum(), weights.sum()])

@@ -24,7 +24,7 @@ from fastai.torch_basics import (
 from torch.amp import GradScaler
 
 from ..batch import check_loader, tells_truth
-from ..callback import FixMatch, OneCallLoss, own_loss
+from ..callback import FixMatch, OneCallLoss, logits_of, own_loss
 from ..core import FitCallback, describe, evaluating, processes
 from ..policy import UDA, SemiBatch
 from ..record import StepRecorder
@@ -118,7 +118,8 @@ class MetaPseudoLabels(FitCallback):
         wd:float=None             # The teacher's weight decay; default: the student's
     ):
         if not isinstance(teacher, nn.Module):
-            raise TypeError(f"`teacher` must be a model, but is a {type(teacher).__name__}: "
+            kind = 'class' if isinstance(teacher, type) else type(teacher).__name__
+            raise TypeError(f"`teacher` must be a model, but is a {kind}: "
                             "of a Learner give `learn.model`.")
         check_loader(unlabeled_dl)
         for name,v in dict(decay=decay, label_smoothing=label_smoothing).items():
@@ -184,7 +185,7 @@ def teach(self:MetaPseudoLabels, lesson, n_classes):
     n,device = len(lesson.weak),lesson.x.device.type
     self._is_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
     images = torch.cat([lesson.x, lesson.weak, lesson.strong])
-    logits = _check_outputs(self.teacher.train()(images), len(images), 'teacher')
+    logits = _check_outputs(logits_of(self.learn, self.teacher.train(), images), len(images), 'teacher')
     if logits.shape[1] != n_classes:
         raise ValueError(f"The teacher has {logits.shape[1]} outputs, but the student {n_classes}: "
                          "give both one for each class.")
@@ -238,7 +239,8 @@ def _as_measured(model):
 def _labeled_loss(self:MetaPseudoLabels):
     "The student's loss on this step's labelled images"
     with _as_measured(self.model):
-        return own_loss(self.learn)(cast(self.model(self.lesson.x), Tensor).float(), self.lesson.y)
+        logits = logits_of(self.learn, self.model, self.lesson.x)
+        return own_loss(self.learn)(cast(logits, Tensor).float(), self.lesson.y)
 
 @patch
 def before_step(self:MetaPseudoLabels):
