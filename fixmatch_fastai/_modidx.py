@@ -648,7 +648,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fixmatch_fastai.core.finished': ('core.html#finished', 'fixmatch_fastai/core.py'),
                                       'fixmatch_fastai.core.first_line': ('core.html#first_line', 'fixmatch_fastai/core.py'),
                                       'fixmatch_fastai.core.first_names': ('core.html#first_names', 'fixmatch_fastai/core.py'),
-                                      'fixmatch_fastai.core.inside_fit': ('core.html#inside_fit', 'fixmatch_fastai/core.py'),
+                                      'fixmatch_fastai.core.interrupted_epoch': ('core.html#interrupted_epoch', 'fixmatch_fastai/core.py'),
                                       'fixmatch_fastai.core.item_at': ('core.html#item_at', 'fixmatch_fastai/core.py'),
                                       'fixmatch_fastai.core.len_of': ('core.html#len_of', 'fixmatch_fastai/core.py'),
                                       'fixmatch_fastai.core.modes_kept': ('core.html#modes_kept', 'fixmatch_fastai/core.py'),

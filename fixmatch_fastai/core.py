@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['not_to_predict', 'describe', 'first_line', 'first_names', 'item_at', 'unwrap_dl', 'len_of', 'batch_size_of',
            'processes', 'endless', 'replacing', 'escape_name', 'unescape_name', 'as_series', 'save_csv', 'read_csv',
-           'modes_kept', 'evaluating', 'finished', 'TakenCallback', 'inside_fit', 'FitCallback']
+           'modes_kept', 'evaluating', 'finished', 'TakenCallback', 'interrupted_epoch', 'FitCallback']
 
 # %% ../nbs/00_core.ipynb #1c3197c1
 import os,re,sys
@@ -186,15 +186,16 @@ class TakenCallback(Callback):
         raise ValueError(f"This Learner's {name} was given to another Learner since, and serves that one now: "
                          f"train that one, or give this one its own with `learn.add_cb({name}(...))`.")
 
-def inside_fit(
+def interrupted_epoch(
     learn:Learner
-)->bool:
-    "Is this a validation or prediction that a callback called during a fit of `learn`?"
-    frame = sys._getframe() if learn.lock.locked() else None # an interrupted fit tells nobody, but leaves the stack
+)->int:
+    "The epoch of a fit in which a callback has called for this validation or prediction; `None` where there is no fit"
+    # a fit that Ctrl-C ends tells nobody, but leaves the stack
+    frame = sys._getframe() if learn.lock.locked() else None
     while frame is not None:
-        if frame.f_code is Learner._do_fit.__code__ and frame.f_locals.get('self') is learn: return True
+        found = frame.f_locals if frame.f_code is Learner._do_fit.__code__ else {}
+        if found.get('self') is learn: return found.get('epoch', 0)
         frame = frame.f_back
-    return False
 
 # %% ../nbs/00_core.ipynb #b097e691
 class FitCallback(Callback):
@@ -209,5 +210,5 @@ class FitCallback(Callback):
     def __call__(self, event_name):
         if self.learn is None: raise ValueError(f"{type(self).__name__} has lost its Learner to another one's "
                                                 "`remove_cb`: make the Learner anew, with a callback of its own.")
-        if event_name in ('before_fit','after_fit') and inside_fit(self.learn): return
+        if event_name in ('before_fit','after_fit') and interrupted_epoch(self.learn) is not None: return
         return super().__call__(event_name)

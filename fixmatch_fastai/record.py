@@ -23,7 +23,7 @@ from fastcore.xtras import truncstr
 from matplotlib.transforms import offset_copy
 from torch import Tensor
 
-from .core import FitCallback, escape_name, inside_fit, processes
+from .core import FitCallback, escape_name, interrupted_epoch, processes
 from .policy import PseudoLabels
 
 # %% ../nbs/05_record.ipynb #6cf10b86
@@ -74,17 +74,17 @@ _reset_at_start = {'epoch','train_iter','pct_train','lrs','iters','losses','valu
 
 def _state_of_fit(learn):
     "`(object, attributes)` of what fastai's callbacks forget where a fit begins"
-    recorder = learn.recorder
-    return [(o, {k: v for k,v in vars(o).items() if k in _reset_at_start})
-            for o in (learn, recorder, recorder.smooth_loss)]
+    objects = learn,learn.recorder,learn.recorder.smooth_loss
+    return [(o, {k: vars(o)[k] for k in _reset_at_start & vars(o).keys()}) for o in objects]
 
 @patch
 def __call__(self:StepRecorder, event_name):
     Callback.__call__(self, event_name)
     if not self.learn.lock.locked():
-        if event_name not in _inner_loop: self._fit_state = _state_of_fit(self.learn)
-    elif event_name == 'after_fit' and inside_fit(self.learn):
+        if event_name == 'after_batch' or event_name not in _inner_loop: self._fit_state = _state_of_fit(self.learn)
+    elif event_name == 'after_fit' and (epoch := interrupted_epoch(self.learn)) is not None:
         for o,attributes in self._fit_state: vars(o).update(attributes)
+        self.learn.epoch = epoch
 
 # %% ../nbs/05_record.ipynb #816565a5
 _every = 100 # steps, after which they are fetched and looked through
