@@ -208,7 +208,8 @@ class FitCallback(Callback):
             if cb is self: before.cbs[i] = TakenCallback(self, before)
 
     def __call__(self, event_name):
-        if self.learn is None: raise ValueError(f"{type(self).__name__} has lost its Learner to another one's "
-                                                "`remove_cb`: make the Learner anew, with a callback of its own.")
+        if self.learn is None:
+            raise ValueError(f"{type(self).__name__} has lost its Learner to another one's `remove_cb`: "
+                             "make the Learner anew, with a callback of its own.")
         if event_name in ('before_fit','after_fit') and interrupted_epoch(self.learn) is not None: return
         return super().__call__(event_name)
