@@ -265,10 +265,18 @@ def strong_augment(
     ops,cutout = _RECIPES[name]
     return StrongAugment(name, ops(), cutout, weak)
 
+def _check_view(name, o):
+    "`o`, or a TypeError where it is no function of an image, but what makes one, or its name"
+    is_maker = isinstance(o, type) or o is weak_augment or o is strong_augment
+    if callable(o) and not is_maker: return o
+    found = f"{o.__name__}, which makes one: use `{name}={o.__name__}()`." if is_maker else f"{o!r}: use for example "
+    if not is_maker: found += f"`{name}={name}_augment({o!r})`." if o in _RECIPES else f"`{name}={name}_augment()`."
+    raise TypeError(f"`{name}` must be a function from image to image, but is {found}")
+
 def _weak_and_strong(weak, strong):
     "Both, or the defaults; a strong view without a beginning of its own begins with `weak`"
-    weak = weak_augment() if weak is None else weak
-    strong = strong_augment() if strong is None else strong
+    weak = weak_augment() if weak is None else _check_view('weak', weak)
+    strong = strong_augment() if strong is None else _check_view('strong', strong)
     return weak,strong.on(weak) if isinstance(strong, StrongAugment) and strong.weak is None else strong
 
 # %% ../nbs/00_augment.ipynb #3a69b034
@@ -298,6 +306,9 @@ class FixMatchTransform:
         weak=None,   # PIL → PIL callable; default `weak_augment()`
         strong=None  # PIL → PIL callable; default `strong_augment('timm')` on the weak view
     ):
+        if isinstance(mean, Image.Image):
+            raise TypeError("FixMatchTransform makes a transform, which then takes images: "
+                            "use `transform=FixMatchTransform(mean, std)`, not the class.")
         if (mean is None) != (std is None): raise ValueError("Give both `mean` and `std`, or neither.")
         self.mean = self.std = None
         if mean is not None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_views', 'unpack', 'check_loader', 'tells_truth', 'Step', 'kept_rows', 'interleaved', 'check_labeled',
-           'check_target', 'check_views', 'check_logits', 'check_decision', 'check_losses']
+           'check_target', 'check_rows', 'check_views', 'check_logits', 'check_decision', 'check_losses']
 
 # %% ../nbs/03a_batch.ipynb #dfaa1f77
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from numbers import Integral
 
 import torch
 from fastai.torch_basics import Tensor, cast
+from torch.nn import BatchNorm1d
 from torch.nn.parallel import DataParallel
 
 from .core import describe
@@ -83,13 +84,14 @@ class Step:
 # %% ../nbs/03a_batch.ipynb #1cb4bc7c
 def kept_rows(
     weights:Tensor, # (M,), or (M, C) for several labels
-    parts:int=8     # Few sizes occur: multiples of M/8
+    parts:int=8,    # Few sizes occur: multiples of M/8
+    least:int=0     # Rows, of which some may not count
 )->Tensor: # (K,)
     "Which rows count, filled up with some that don't"
     counts = (weights > 0).flatten(1).any(1) if weights.ndim > 1 else weights > 0
     each = -(-len(counts)//parts)
     # `int` waits for the device: the size of the batch depends on it
-    n = min(len(counts), -(-int(counts.sum())//each)*each)
+    n = min(len(counts), -(-max(least, int(counts.sum()))//each)*each)
     return counts.float().sort(descending=True, stable=True).indices[:n]
 
 def interleaved(n, model):
@@ -146,11 +148,19 @@ def check_target(
                      "or, if each image has one class, a policy for that.")
 
 # %% ../nbs/03a_batch.ipynb #ea113c4f
+def check_rows(n, model):
+    "ValueError where BatchNorm1d, as in the head of a `vision_learner`, would have a single image to normalise by"
+    if n > 1 or not any(isinstance(m, BatchNorm1d) and m.training for m in model.modules()): return
+    raise ValueError("A pass of this step has a single image, which BatchNorm1d can't normalise in training: "
+                     "use a `bs` of 2 or more, and a `mu` with which there are 2 unlabelled images or more.")
+
 def check_views(weak, x):
     "ValueError unless views are images as the labelled ones, `x`"
     if weak.shape[1:] == x.shape[1:]: return
-    advice = ("make it with `dls.unlabeled_dl(files)` of the learner's own `dls`, or have it resize to that size."
-              if weak.shape[1] == x.shape[1] else "open both alike, in colour (`PILImage`) or in grey (`PILImageBW`).")
+    advice = "make it with `dls.unlabeled_dl(files)` of the learner's own `dls`, or have it resize to that size."
+    if weak.shape[1] != x.shape[1]:
+        advice = ("open both alike, in colour (`PILImage`) or in grey (`PILImageBW`), and give `FixMatchTransform` "
+                  "a `mean` and `std` for each channel, as with one number views are grey.")
     raise ValueError(f"A view is {tuple(weak.shape[1:])} (channels, height, width), "
                      f"but a labelled image is {tuple(x.shape[1:])}: {advice}")
 
@@ -161,9 +171,10 @@ def check_logits(
 )->Tensor: # (n, C)
     "The logits, if FixMatch can use them"
     if not isinstance(pred, Tensor) or pred.ndim != 2 or len(pred) != n or pred.shape[1] < 2:
+        advice = ("end the model in a linear layer with two or more outputs." if isinstance(pred, Tensor) else
+                  "wrap the model so that it returns logits alone.")
         raise ValueError("FixMatch needs one row of logits for each image and one column for each class, "
-                         f"(rows, classes), but the model returns {describe(pred)} for {n} images: "
-                         "end the model in a linear layer with two or more outputs.")
+                         f"(rows, classes), but the model returns {describe(pred)} for {n} images: {advice}")
     if n_classes is not None and pred.shape[1] != n_classes:
         raise ValueError(f"The model has {pred.shape[1]} outputs, but the target of an image is {n_classes} classes: "
                          f"end the model in a linear layer with {n_classes} outputs.")

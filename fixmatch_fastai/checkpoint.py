@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import CancelFitException
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import SaveModelCallback
 from fastai.learner import SkipToEpoch
@@ -24,7 +24,7 @@ from fastcore.xtras import truncstr
 
 from . import __version__
 from .callback import FixMatch
-from .core import batch_size_of, len_of, processes, replacing
+from .core import FitCallback, batch_size_of, len_of, processes, replacing
 from .ema import ModelEMA
 from .record import SemiStep
 
@@ -267,7 +267,7 @@ class AroundEpochs:
             raise
 
 # %% ../nbs/08_checkpoint.ipynb #7707a28e
-class SaveFixMatch(Callback):
+class SaveFixMatch(FitCallback):
     "Writes a checkpoint after each epoch, from which the same fit, called again, goes on as if it had not stopped"
     # has looked at the checkpoint before any other callback begins a fit: Recorder (50) forgets the one before
     order = -100

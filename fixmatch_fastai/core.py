@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['not_to_predict', 'describe', 'first_line', 'first_names', 'item_at', 'unwrap_dl', 'len_of', 'batch_size_of',
            'processes', 'endless', 'replacing', 'escape_name', 'unescape_name', 'as_series', 'save_csv', 'read_csv',
-           'modes_kept', 'evaluating', 'finished']
+           'modes_kept', 'evaluating', 'finished', 'TakenCallback', 'interrupted_epoch', 'FitCallback']
 
 # %% ../nbs/00_core.ipynb #1c3197c1
-import os,re
+import os,re,sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.distributed as dist
+from fastai.callback.core import Callback
+from fastai.learner import Learner
 from fastai.torch_basics import Pipeline, Tensor, TensorBase, TensorImage, cast, compose_tfms
 from torch import nn
 
@@ -171,3 +173,43 @@ def finished(
             raise ValueError("The views are uint8, and the DataLoaders have no batch transforms "
                              "that make floats of them: give `FixMatchTransform` the `mean` and `std` of your images.")
     return cast(views, Tensor)
+
+# %% ../nbs/00_core.ipynb #eaaff0d6
+class TakenCallback(Callback):
+    "Stands where a callback was that another Learner has taken"
+    order = -1000 # before all others, when training begins
+    def __init__(self, taken, learn): self.kind,self.learn = type(taken),learn
+
+    def before_train(self):
+        if self.learn._grab_cbs(self.kind): return # it has a new one
+        name = self.kind.__name__
+        raise ValueError(f"This Learner's {name} was given to another Learner since, and serves that one now: "
+                         f"train that one, or give this one its own with `learn.add_cb({name}(...))`.")
+
+def interrupted_epoch(
+    learn:Learner
+)->int:
+    "The epoch of a fit in which a callback has called for this validation or prediction; `None` where there is no fit"
+    # a fit that Ctrl-C ends tells nobody, but leaves the stack
+    frame = sys._getframe() if learn.lock.locked() else None
+    while frame is not None:
+        found = frame.f_locals if frame.f_code is Learner._do_fit.__code__ else {}
+        if found.get('self') is learn: return found.get('epoch', 0)
+        frame = frame.f_back
+
+# %% ../nbs/00_core.ipynb #b097e691
+class FitCallback(Callback):
+    "Serves one Learner; a validation during a fit neither begins nor ends anything of it"
+    def __setattr__(self, name, value):
+        before = self.learn if name == 'learn' else None
+        super().__setattr__(name, value)
+        if before is None or value is None or value is before: return
+        for i,cb in enumerate(before.cbs):
+            if cb is self: before.cbs[i] = TakenCallback(self, before)
+
+    def __call__(self, event_name):
+        if self.learn is None:
+            raise ValueError(f"{type(self).__name__} has lost its Learner to another one's `remove_cb`: "
+                             "make the Learner anew, with a callback of its own.")
+        if event_name in ('before_fit','after_fit') and interrupted_epoch(self.learn) is not None: return
+        return super().__call__(event_name)

@@ -345,6 +345,9 @@ def unlabeled_dl(self:DataLoaders,
         raise TypeError(f"`unlabeled_dl` takes no argument {sorted(unknown)}: use any of {', '.join(_dl_kwargs)}.")
     _check_count('mu', mu, 'for each labelled one')
     if 'bs' in kwargs: _check_count('bs', kwargs['bs'], 'in a batch')
+    if isinstance(tfm, type):
+        raise TypeError(f"`tfm` must be a function of an image, but is the class {tfm.__name__}: "
+                        f"use `tfm={tfm.__name__}()`.")
     dataset,tfm = _pool(valid.dataset, items),tfm or FixMatchTransform()
     opts = dict(mu=None if 'bs' in kwargs else mu, bs=mu*self.train.bs, num_workers=self.train.fake_l.num_workers,
                 pin_memory=torch.cuda.is_available() and torch.device(self.device or 'cpu').type == 'cuda',

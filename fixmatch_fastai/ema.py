@@ -17,6 +17,8 @@ from fastai.callback.hook import Hook
 from fastai.torch_core import get_model, patch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from .core import FitCallback
+
 # %% ../nbs/06_ema.ipynb #63508b33
 def _ema_fn(averaged, current, n, decay): # torch's own can't be pickled
     get_ema_multi_avg_fn(decay)(averaged, current, n)
@@ -46,7 +48,7 @@ def _same(a, b): return _same_shapes(a, b) and all(torch.equal(s.to(t), t) for s
 def _versions_of(params): return tuple((id(p),p._version) for p in params)
 
 # %% ../nbs/06_ema.ipynb #6d5adc88
-class ModelEMA(Callback):
+class ModelEMA(FitCallback):
     "Keeps the average of the weights, and validates, saves, exports it ([FixMatch](https://arxiv.org/abs/2001.07685))"
     # after TrainEval (-10), MixedPrecision (10), DistributedTrainer (11), which move the model, skip steps, wrap it;
     # before Recorder (50) and all that judge and save it: LRFinder (60), SaveModel (61)

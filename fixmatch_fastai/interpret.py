@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Learner
 from fastai.torch_basics import Path, Tensor, nn, noop, patch, store_attr, to_device
@@ -24,8 +23,8 @@ from timm.data import create_transform, resolve_model_data_config
 
 from .augment import to_plain_mode, uint8_tensor
 from .batch import unpack
-from .callback import FixMatch
-from .core import as_series, escape_name, evaluating, finished, item_at
+from .callback import FixMatch, logits_of
+from .core import FitCallback, as_series, escape_name, evaluating, finished, item_at
 from .data import UnlabeledDL
 from .items import listed
 from .opening import open_upright
@@ -147,7 +146,7 @@ def _interpret(cls, learn, dl, fm):
         damaged.update(errors)
         if batch is None or not len(batch[0]): continue
         x,truth,idxs = finished(to_device(batch[0], device), learn.dls),*batch[1:]
-        logits = eval_logits(learn.model, x, None)
+        with evaluating(learn.model): logits = logits_of(learn, learn.model, x).float()
         noted = idxs if dl is fm.unlabeled_dl else torch.zeros_like(idxs) # of other pools a policy has no notes
         targets,weights = fm.decide(known._replace(weak=x, idxs=noted.to(device), logits_weak=logits))
         if targets.ndim == 2: targets = targets.argmax(1)
@@ -634,7 +633,7 @@ def plot_suspect_labels(
     return _plot_files(df, title, ncols, ['tab:red' if o else '0.5' for o in df['suspect']])
 
 # %% ../nbs/10_interpret.ipynb #b59e4d20
-class ShowPseudoLabels(Callback):
+class ShowPseudoLabels(FitCallback):
     """A graph of `mask_rate` and `pseudo_acc` under the progress bar, drawn anew after each epoch, as fastai's
     `ShowGraphCallback` draws losses"""
     order,run_valid = ProgressCallback.order + 5,False

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.callback.core import TrainEvalCallback
 from fastai.callback.schedule import Learner, ParamScheduler, SchedCos, combine_scheds
 from fastai.data.core import TfmdDL
 from fastai.optimizer import OptimWrapper
@@ -24,13 +24,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import show # noqa: F401  `FixMatch.peek`
-from .callback import FixMatch
-from .core import evaluating, modes_kept, unwrap_dl
+from .callback import FixMatch, logits_of
+from .core import FitCallback, evaluating, modes_kept, unwrap_dl
 from .ema import ModelEMA
 from .policy import AlignedLabels, sum_rows
 
 # %% ../nbs/07_recipe.ipynb #60372a02
-class FrozenBatchNorm(Callback):
+class FrozenBatchNorm(FitCallback):
     "Keeps BatchNorm in eval mode in training: running statistics are used, and stay; weights and biases learn"
     order = TrainEvalCallback.order + 1 # which puts the model in training mode
     def before_train(self):
@@ -224,7 +224,7 @@ def _learn_probe(head, f, weight, bias, n_steps, lr, bs=64):
             sched.step()
 
 # %% ../nbs/07_recipe.ipynb #f01443a4
-class PoolCheck(Callback):
+class PoolCheck(FitCallback):
     "Leaves the pool out after `FixMatch`'s warm-up if teacher and first network label it differently"
     order,run_valid = FixMatch.order - 1,False # decides before the first unlabelled batch is asked for
 
@@ -241,7 +241,8 @@ class PoolCheck(Callback):
         if self.epoch or self._sample is not None: return
         batches = []
         while sum(len(o.weak) for o in batches) < self.n: batches.append(self.learn.fix_match.peek(labeled=False)[0])
-        with evaluating(self.model): self._sample = [(o,self.model(o.weak).argmax(1)) for o in batches]
+        with evaluating(self.model):
+            self._sample = [(o,logits_of(self.learn, self.model, o.weak).argmax(1)) for o in batches]
 
     def before_batch(self):
         "The teacher labels the same sample, once the warm-up is over"
@@ -253,8 +254,8 @@ class PoolCheck(Callback):
         self._act()
 
     def _agreement(self, fm, batch, labels): # → weights of the images on which both agree, and of all, (2,)
-        average = fm.teacher.ema
-        with evaluating(average.module): logits = average(batch.weak).float()
+        average = fm.teacher.ema.module
+        with evaluating(average): logits = logits_of(self.learn, average, batch.weak).float()
         targets,weights = fm.decide(batch._replace(logits_weak=logits))
         if targets.ndim == 2: targets = targets.argmax(1)
         return torch.stack([(weights*(targets == labels)).sum(), weights.sum()])

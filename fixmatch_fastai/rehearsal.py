@@ -8,7 +8,7 @@ __all__ = ['model_as_it_was', 'loaders_as_they_were', 'Loaded', 'workers_of', 'l
 # %% ../nbs/08c_rehearsal.ipynb #724b3837
 import random,time
 from contextlib import closing, contextmanager, nullcontext
-from copy import deepcopy
+from copy import copy,deepcopy
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from fastai.torch_basics import Pipeline, Tensor, cast, get_random_states, patch
 from torch import nn
 
 from .batch import unpack
-from .callback import FixMatch, own_loss
+from .callback import FixMatch, logits_of, own_loss
 from .checkpoint import generator_state, set_generator_state
 from .core import endless, modes_kept, unwrap_dl
 from .policy import alone
@@ -106,6 +106,12 @@ def unlabeled_batches(
     return Loaded(batches, (ends[-1]-ends[skip-1])/(len(ends)-skip) if len(ends) > skip else None)
 
 # %% ../nbs/08c_rehearsal.ipynb #0eb63c8f
+def _copy_for(learn, cb):
+    "A callback that makes logits of what the model returns, for a stand-in of its Learner"
+    cb = copy(cb)
+    vars(cb)['learn'] = learn
+    return cb
+
 class Rehearsal:
     "Steps of training on one and the same batch, with copies of callback, policy and loss, and without optimizer"
     def __init__(self,
@@ -118,7 +124,9 @@ class Rehearsal:
         if isinstance(loss, (nn.Module,BaseLoss)): (loss := deepcopy(loss)).to(device)
         n = getattr(fm.dls, 'n_inp', max(1, len(xy)-1))
         self.learn = SimpleNamespace(dls=fm.dls, model=model, xb=tuple(xy[:n]), yb=tuple(xy[n:]), loss_func=loss,
-                                     pct_train=0.)
+                                     pct_train=0., cbs=[])
+        makers = [cb for cb in fm.learn.cbs if cb is not fm and hasattr(cb, 'after_pred')]
+        self.learn.cbs += [_copy_for(self.learn, cb) for cb in makers]
         self.fm,self.start,self.device = fm.rehearsal(self.learn, batch),dict(vars(self.learn)),device
         self.params,self.autocast = [p for p in model.parameters() if p.requires_grad],nullcontext()
         for amp in fm.learn._grab_cbs(MixedPrecision) if device.type == 'cuda' else ():
@@ -140,7 +148,7 @@ def __call__(self:Rehearsal):
     with self.autocast:
         if self.fm.weak_first: self.fm.label_weak()
         self.n_images,self.n_bytes = len(learn.xb[0]),learn.xb[0].nbytes
-        learn.pred = learn.model(*learn.xb)
+        learn.pred = logits_of(learn, learn.model, *learn.xb)
         if isinstance(learn.pred, Tensor) and learn.pred.ndim == 2: self.n_out = learn.pred.shape[1]
         if self.n_out is not None and not self.fm.policy.multi_label: _check_labels(learn.yb[0], self.n_out)
         self.fm.after_pred()

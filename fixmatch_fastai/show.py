@@ -9,7 +9,7 @@ __all__ = ['from_border']
 from fastai.torch_basics import Tensor, cast, patch, to_device
 
 from .batch import unpack
-from .callback import FixMatch
+from .callback import FixMatch, logits_of
 from .core import endless, evaluating, finished, unwrap_dl
 from .policy import PseudoLabels, SemiBatch
 from .record import plot_pseudo_labels, plot_steps
@@ -43,7 +43,8 @@ def peek(self:FixMatch,
     with evaluating(self.labeler):
         views = finished(to_device(weak, device), self.dls)
         x,y,idxs,views = (None if o is None else cast(to_device(o, device), Tensor) for o in (x,y,idxs,views))
-        logits_x,logits_weak = (None if o is None else cast(self.labeler(o), Tensor).float() for o in (x,views))
+        logits = lambda o: None if o is None else cast(logits_of(self.learn, self.labeler, o), Tensor).float()
+        logits_x,logits_weak = logits(x),logits(views)
     return SemiBatch(x, y, views, idxs, logits_x, logits_weak),truth,weak,strong
 
 def _one_batch(dls):
@@ -67,7 +68,8 @@ def _by_border(fm, batch, pseudo, strong): return from_border(batch.probs.max(1)
 def _by_disagreement(fm, batch, pseudo, strong):
     "Minus the loss of the strong view with the pseudo-label"
     views = finished(to_device(strong, batch.weak.device), fm.dls)
-    with evaluating(fm.model): return -fm.policy.loss(cast(fm.model(views), Tensor).float(), pseudo)
+    with evaluating(fm.model): logits = cast(logits_of(fm.learn, fm.model, views), Tensor).float()
+    return -fm.policy.loss(logits, pseudo)
 
 _orders = dict(confident=_by_confidence, border=_by_border, disagree=_by_disagreement)
 

@@ -6,6 +6,7 @@
 __all__ = ['Truth']
 
 # %% ../nbs/00e_truth.ipynb #792050ae
+import pickle
 from collections.abc import Iterable
 
 import pandas as pd
@@ -38,6 +39,15 @@ def _class_row(answer, o2i):
     return row if row.any() or not names else None
 
 # %% ../nbs/00e_truth.ipynb #9943d632
+class _Answers:
+    "In the place of a `label_func` that no other process can be given, as a lambda: what it returns for each item"
+    def __init__(self, truth):
+        self.of_each = [truth.answer(o, i)[0] for i,o in enumerate(rows_of(truth.dataset.items))]
+
+def _can_be_pickled(o):
+    try: return bool(pickle.dumps(o))
+    except Exception: return False # what it raises is of many kinds
+
 class Truth:
     "Classes of a pool's images, for reports alone; labelled images, whose class is trained on, count as unknown"
     def __init__(self,
@@ -46,13 +56,18 @@ class Truth:
         dls:DataLoaders # Whose classes these are, and whose training images are the labelled ones
     ):
         self.dataset,self.label_func = dataset,label_func
+        self._answers = None # of each item, where `label_func` is for this process alone
         self.o2i,self.multi_label = dict(getattr(getattr(dls, 'vocab', None), 'o2i', {})),_is_multi_label(dls)
         self.labeled_ds = getattr(unwrap_dl(dls.train), 'dataset', None)
         self._labeled = image_identities(self.labeled_ds)
         # of each image that was asked for: 1 where it is not labelled, 2 where it is
         self._known,self._noted = None,bytearray(len(dataset))
 
-    def __getstate__(self): return {**vars(self), 'labeled_ds': None} # workers don't open labelled images
+    def __getstate__(self):
+        state = {**vars(self), 'labeled_ds': None} # workers don't open labelled images
+        if _can_be_pickled(self.label_func): return state
+        self._answers = self._answers or _Answers(self)
+        return {**state, 'label_func': self._answers}
 
     def beside(self, dls):
         "This, in the classes of `dls`, and for its labelled images"
@@ -97,7 +112,8 @@ def _misfit(answer, name, vocab, multi_label):
 @patch
 def answer(self:Truth, item, i)->tuple: # `(answer, y)`
     "What `label_func` returns for item `i`, and that as a number or as a row of 0 and 1; `None` where it is unknown"
-    answer = label_of(self.label_func, item, i, 'the class of each item, or None where it is unknown')
+    if isinstance(self.label_func, _Answers): answer = self.label_func.of_each[i]
+    else: answer = label_of(self.label_func, item, i, 'the class of each item, or None where it is unknown')
     if _is_unknown(answer): return answer,None
     try:
         if self.multi_label: return answer,_class_row(answer, self.o2i)

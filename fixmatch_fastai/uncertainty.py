@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
 
 from .policy import Memory, Policy, PseudoLabels, Unseen, all_rows, check_above_0, check_range
-from .policy import finite_rows, sum_rows
+from .policy import finite_rows, only_logits, sum_rows
 
 # %% ../nbs/03_uncertainty.ipynb #b874ea07
 def _one_pass(probs, score):
@@ -129,10 +129,12 @@ def in_modes(model, training):
     finally:
         for m,flag in before: m.training = flag
 
-def _run(model, x, autocast):
+def _pass(model, x, autocast):
     # without a cache: in some versions of torch, weights cast here get no gradient in training (pytorch issue 112583)
     casts = torch.autocast(x.device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False)
-    with torch.no_grad(), casts: return model(x).float()
+    with torch.no_grad(), casts: return model(x)
+
+def _run(model, x, autocast): return only_logits(_pass(model, x, autocast)).float()
 
 def eval_logits(model, x, autocast):
     "Logits of `x`, float32 (M, C), without gradient and in eval mode; under autocast with that type, if it is one"
@@ -330,7 +332,8 @@ def penultimate(
     "The classifier's input, with the model in evaluation mode; averaged over positions where it has several"
     seen,layer = [],_classifier(model)
     handle = layer.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].float()))
-    try: eval_logits(model, x, autocast)
+    try:
+        with in_modes(model, lambda m: False): _pass(model, x, autocast)
     finally: handle.remove()
     f = seen[-1]
     if f.ndim == 2: return f

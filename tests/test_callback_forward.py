@@ -1,6 +1,8 @@
 "`forward='split'` and `'selective'`: the same training as the joint pass, without the work that earns no gradient"
 
 from copy import deepcopy
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import timm
@@ -17,9 +19,19 @@ from fastai.vision.all import (
     nn,
     set_seed,
 )
-from in_memory import POLICIES, assert_alike, batches, memory
+from in_memory import POLICIES, assert_alike, batches, memory, same, sgd
 
-from fixmatch_fastai.all import AdaMatch, FixedThreshold, FixMatch, Policy, PseudoLabels, SoftMatch, fixmatch_check
+from fixmatch_fastai.all import (
+    AdaMatch,
+    FixedThreshold,
+    FixMatch,
+    ModelEMA,
+    Policy,
+    PseudoLabelInterpretation,
+    PseudoLabels,
+    SoftMatch,
+    fixmatch_check,
+)
 from fixmatch_fastai.uncertainty import MCDropout, add_dropout
 
 FORWARDS = ['split', 'selective']
@@ -262,3 +274,69 @@ def test_waits_for_the_device(forward, waits, policy):
     count = CountWaits()
     trained(forward, tiny_net(), policy(), cbs=[count])
     assert count.counts[1:] == [waits] * 3, 'the first step sets the policy up'
+
+
+# --- a model that returns more than logits
+
+
+class Outputs(NamedTuple):
+    logits: torch.Tensor
+    features: torch.Tensor
+
+
+class TellsMore(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.net, self.kind = no_bn(), kind
+
+    def forward(self, x):
+        return self.kind(logits=self.net(x), features=x)
+
+
+class TakesLogits(Callback):
+    def after_pred(self):
+        self.learn.pred = self.learn.pred['logits'] if isinstance(self.learn.pred, dict) else self.learn.pred.logits
+
+
+def more_learner(model, *cbs, **kwargs):
+    labeled, unlabeled = batches(2)
+    dls = DataLoaders(labeled, labeled[:1])
+    return Learner(dls, model, CrossEntropyLossFlat(), opt_func=sgd, cbs=[FixMatch(unlabeled, **kwargs), *cbs])
+
+
+@pytest.mark.parametrize('kind', [dict, Outputs, SimpleNamespace])
+@pytest.mark.parametrize('forward,teacher', [('joint', False), ('split', False), ('selective', False), ('joint', True)])
+def test_what_a_callback_makes_logits_of(forward, teacher, kind, capsys):
+    set_seed(0)
+    kwargs = dict(threshold=0.12, forward=forward)
+    model = TellsMore(kind)
+    make_teacher = lambda: ModelEMA(half_life=1) if teacher else None
+    plain = more_learner(deepcopy(model.net), teacher=make_teacher(), **kwargs)
+    learn = more_learner(model, TakesLogits(), teacher=make_teacher(), **kwargs)
+    for o in (plain, learn):
+        quiet_fit(o, 1)
+    assert learn.fix_match.history.equals(plain.fix_match.history)
+    fixmatch_check(learn, speed=False, strict=True)
+    assert 'step           runs with FixedThreshold' in capsys.readouterr().out
+    same(learn.fix_match.peek()[0].logits_weak, plain.fix_match.peek()[0].logits_weak)
+    learn.fix_match.show_pseudo_labels(2, which='disagree')
+    theirs, ours = (PseudoLabelInterpretation.from_learner(o).probs for o in (plain, learn))
+    same(ours, theirs)
+
+
+ALONE = 'The model returns a dict where it runs beside the Learner: wrap the model so that it returns logits alone.'
+
+
+def test_what_nothing_makes_logits_of(capsys):
+    learn = more_learner(TellsMore(dict), forward='split')
+    for f in (lambda: quiet_fit(learn, 1), learn.fix_match.peek, learn.fix_match.show_pseudo_labels):
+        with pytest.raises(TypeError, match=ALONE):
+            f()
+    fixmatch_check(learn, speed=False)
+    assert ALONE in ' '.join(capsys.readouterr().out.split())
+    joint = more_learner(TellsMore(dict), TakesLogits(), policy=MCDropout())
+    with pytest.raises(TypeError, match=ALONE):
+        quiet_fit(joint, 1)
+    joint.remove_cb(TakesLogits)
+    with pytest.raises(ValueError, match='wrap the model so that it returns logits alone'):
+        quiet_fit(joint, 1)

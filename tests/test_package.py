@@ -35,7 +35,7 @@ KNOWS = {
     'console': '',
     'augment': '',
     'policy': '',
-    'ema': '',
+    'ema': 'core',
     'pipeline': 'core augment opening',
     'opening': '',
     'items': '',

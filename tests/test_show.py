@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ from fixmatch_fastai.all import (
     split_labeled,
 )
 from fixmatch_fastai.core import finished
-from fixmatch_fastai.record import SemiRecorder
+from fixmatch_fastai.record import SemiRecorder, plot_steps
 
 
 @pytest.fixture(autouse=True)
@@ -333,3 +334,18 @@ def test_no_warning_of_a_head_that_trains_alone(make_dls, pool, tmp_path):
     learn.unfreeze()
     with pytest.warns(UserWarning, match='No pseudo-label has counted for 20 steps'):
         quiet_fit(learn, 1)
+
+
+ODD_NAMES = ['a', 'a_$_$', '_background_', '$x^{', '_', '%', '{', '$', '$\\alpha$', ' _b']
+
+
+def test_names_are_never_formulas_or_left_out():
+    history = pd.DataFrame(dict(loss_x=1.0, loss_u=1.0, mask_rate=0.5, pseudo_acc=0.5), index=range(3))
+    thresholds = np.linspace(0.1, 0.9, 30).reshape(3, 10)
+    by_class = dict(step=np.arange(1, 4), predicted=np.ones((3, 10)), share=thresholds, threshold=thresholds)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        axs = plot_steps(history, by_class=by_class, vocab=ODD_NAMES)
+        axs[0].figure.canvas.draw()
+    assert [o.get_text() for o in axs[3].get_legend().get_texts()] == ODD_NAMES
+    assert [o.get_text() for o in axs[2].get_yticklabels()] == ODD_NAMES

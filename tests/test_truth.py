@@ -1,6 +1,7 @@
 "What is known of the pool's classes: labelled images count as unknown, and slips of `label_func` are said at once"
 
 import os
+import pickle
 import re
 
 import matplotlib.pyplot as plt
@@ -311,3 +312,11 @@ def test_no_number_where_classes_have_no_names(number_dls, pool, answer):
     says = f'for {pool[0]}, but these DataLoaders have no names of classes: return the number of its class, or None'
     with pytest.raises(TypeError, match=re.escape(says)):
         number_dls.unlabeled_dl(pool, label_func=lambda o: answer)
+
+
+@pytest.mark.parametrize('func', [parent_label, lambda o: parent_label(o)], ids=['function', 'lambda'])
+def test_any_label_func_goes_to_another_process(make_dls, pool, func):
+    files = pool[:4]
+    views = make_dls().unlabeled_dl(files, tfm=WEAK, label_func=func).dataset
+    sent = pickle.loads(pickle.dumps(views))
+    assert [sent[i][1] for i in range(4)] == [views[i][1] for i in range(4)] == [digit(o) for o in files]

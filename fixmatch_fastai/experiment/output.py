@@ -12,11 +12,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from fastai.callback.core import Callback
 from fastai.learner import Recorder
 
 from ..console import Progress, has_bar
-from ..core import replacing, save_csv
+from ..core import FitCallback, replacing, save_csv
 
 # %% ../../nbs/experiment/04_output.ipynb #7dcd574f
 def save_text(text, file):
@@ -28,7 +27,7 @@ def save_figure(fig, file):
 
 
 # %% ../../nbs/experiment/04_output.ipynb #a9760bb2
-class EpochTable(Callback):
+class EpochTable(FitCallback):
     "Writes fastai's table to a file after each epoch; epochs are counted through all fits"
     order,run_valid = Recorder.order+2,False
     def __init__(self,
@@ -52,7 +51,7 @@ class EpochTable(Callback):
     def after_fit(self): self.epochs_before += self.n_epoch
 
 # %% ../../nbs/experiment/04_output.ipynb #636842ab
-class StepLines(Callback):
+class StepLines(FitCallback):
     "Prints a line about every tenth of a fit"
     order,run_valid = Recorder.order+3,False
     def before_fit(self): self.progress = Progress(self.n_epoch*len(self.dls.train))

@@ -47,13 +47,13 @@ class RawAccuracy(Callback):
     "Adds a column `raw_accuracy`: that of the weights before `ModelEMA` puts their average in their place"
     # after Recorder (50) and SemiRecorder (50.5), which write columns, and before TensorBoard (51), which reads them
     order,run_valid = Recorder.order+0.7,False
-    _column,_accuracy = None,float('nan')
+    _column,_accuracy = 0,float('nan')
 
     def before_fit(self):
         names = self.learn.recorder.metric_names
         column = len(names) - (names[-1] == 'time')
         names[column:column] = ['raw_accuracy']
-        self._column = column if self.create_mbar else None # fastai takes the bar away in `validate` and `get_preds`
+        self._column = column
 
     def after_train(self):
         half = first(self.learn._grab_cbs(MixedPrecision))
@@ -66,7 +66,7 @@ class RawAccuracy(Callback):
 
     def after_validate(self):
         log = self.learn.recorder.log
-        if self._column is None or len(log) > self._column: return
+        if self.learn.lock.locked() or len(log) > self._column: return # in `validate` and `get_preds`
         missing = self._column-len(log) # where training or validation was cut short
         self.learn.recorder.log += [float('nan')]*missing + [self._accuracy]
 

@@ -16,7 +16,7 @@ from fastai.torch_basics import first, get_model, patch, rank_distrib, store_att
 from .. import __version__
 from ..callback import FixMatch
 from ..checkpoint import AroundEpochs
-from ..core import escape_name, first_line, len_of
+from ..core import FitCallback, escape_name, first_line, len_of
 from ..ema import ModelEMA
 
 # %% ../../nbs/experiment/05_tracking.ipynb #9fcbaf2d
@@ -60,7 +60,7 @@ def _thresholds(fm):
     return dict(threshold_min=t.min(), threshold_mean=t.float().mean(), threshold_max=t.max())
 
 # %% ../../nbs/experiment/05_tracking.ipynb #5e4baba3
-class MLflowCallback(Callback):
+class MLflowCallback(FitCallback):
     "Logs fits as a run of [MLflow](https://mlflow.org); a server that goes away does not stop the training"
     order,run_valid = 70,False # after Recorder (50), all that add to its log, and SaveModel (61)
     _stateattrs = ('_steps','_unsent','_begun','_failed','_not_before') # an exported learner has none of it

@@ -21,6 +21,7 @@ from scipy import stats
 from ..callback import FixMatch
 from ..core import replacing
 from ..recipe import probe
+from ..record import add_legend, as_label
 from ..rehearsal import loaders_as_they_were
 from .table import right_predictions, weights_fingerprint
 
@@ -345,7 +346,7 @@ def _plot_curves(twin, ax):
         curves = 100*np.array([o['curve'] for o in runs])
         steps = runs[0]['steps']/curves.shape[1]*np.arange(1, curves.shape[1]+1)
         ax.plot(steps, curves.T, color=color, alpha=.35, lw=.8)
-        ax.plot(steps, curves.mean(0), color=color, lw=2, label=f'{method}, {curves[:,-1].mean():.1f} %')
+        ax.plot(steps, curves.mean(0), color=color, lw=2, label=as_label(f'{method}, {curves[:,-1].mean():.1f} %'))
     ax.set(xlabel='step')
 
 def _plot_labels(twin, ax):
@@ -355,7 +356,7 @@ def _plot_labels(twin, ax):
         o = runs[runs.method == method]
         mean = 100*o.groupby('n_labels').accuracy.mean()
         ax.plot(o.n_labels, 100*o.accuracy, '.', color=color, alpha=.5)
-        ax.plot(mean.index, mean, color=color, lw=2, label=method)
+        ax.plot(mean.index, mean, color=color, lw=2, label=as_label(method))
     ax.set(xscale='log', xlabel='labelled images')
     ax.set_xticks(sorted(set(runs.n_labels)), [str(o) for o in sorted(set(runs.n_labels))])
     ax.minorticks_off()
@@ -369,6 +370,6 @@ def plot(self:SupervisedTwin, ax=None):
     (_plot_labels if self.runs.n_labels.nunique() > 1 else _plot_curves)(self, ax)
     title = _counted(self.runs.seed.nunique(), 'seed')
     ax.set(ylabel=f"accuracy on {len(self.rows[0]['right'])} validation images, %", title=title)
-    ax.legend(loc='lower right')
+    add_legend(ax, loc='lower right')
     ax.grid(alpha=.3)
     return ax

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import OptimWrapper
@@ -25,8 +24,8 @@ from fastai.torch_basics import (
 from torch.amp import GradScaler
 
 from ..batch import check_loader, tells_truth
-from ..callback import FixMatch, OneCallLoss, own_loss
-from ..core import describe, evaluating, processes
+from ..callback import FixMatch, OneCallLoss, logits_of, own_loss
+from ..core import FitCallback, describe, evaluating, processes
 from ..policy import UDA, SemiBatch
 from ..record import StepRecorder
 
@@ -95,7 +94,7 @@ def _check_number(name, v, low, high, what):
 def _value_at(v, pct): return v(pct) if callable(v) else v # of a schedule, or a number
 
 # %% ../../nbs/self_training/05_meta_pseudo_labels.ipynb #dba1c339
-class MetaPseudoLabels(Callback):
+class MetaPseudoLabels(FitCallback):
     """Trains the Learner's model as the student of a teacher that learns from the student's progress on the labels
     ([Meta Pseudo Labels](https://arxiv.org/abs/2003.10580), section 2)"""
     # after MixUp and CutMix (0), which are refused; before MixedPrecision (10), whose `before_step` may cancel the
@@ -119,7 +118,8 @@ class MetaPseudoLabels(Callback):
         wd:float=None             # The teacher's weight decay; default: the student's
     ):
         if not isinstance(teacher, nn.Module):
-            raise TypeError(f"`teacher` must be a model, but is a {type(teacher).__name__}: "
+            kind = 'class' if isinstance(teacher, type) else type(teacher).__name__
+            raise TypeError(f"`teacher` must be a model, but is a {kind}: "
                             "of a Learner give `learn.model`.")
         check_loader(unlabeled_dl)
         for name,v in dict(decay=decay, label_smoothing=label_smoothing).items():
@@ -185,7 +185,7 @@ def teach(self:MetaPseudoLabels, lesson, n_classes):
     n,device = len(lesson.weak),lesson.x.device.type
     self._is_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
     images = torch.cat([lesson.x, lesson.weak, lesson.strong])
-    logits = _check_outputs(self.teacher.train()(images), len(images), 'teacher')
+    logits = _check_outputs(logits_of(self.learn, self.teacher.train(), images), len(images), 'teacher')
     if logits.shape[1] != n_classes:
         raise ValueError(f"The teacher has {logits.shape[1]} outputs, but the student {n_classes}: "
                          "give both one for each class.")
@@ -239,7 +239,8 @@ def _as_measured(model):
 def _labeled_loss(self:MetaPseudoLabels):
     "The student's loss on this step's labelled images"
     with _as_measured(self.model):
-        return own_loss(self.learn)(cast(self.model(self.lesson.x), Tensor).float(), self.lesson.y)
+        logits = logits_of(self.learn, self.model, self.lesson.x)
+        return own_loss(self.learn)(cast(logits, Tensor).float(), self.lesson.y)
 
 @patch
 def before_step(self:MetaPseudoLabels):
@@ -359,7 +360,7 @@ def after_fit(self:MetaPseudoLabels):
 @patch
 def before_fit(self:MetaPseudoLabels):
     self._clean_up()
-    if not self.create_mbar: return self._recorder.start() # in `validate` and `get_preds`
+    if self.learn.lock.locked(): return self._recorder.start() # in `validate` and `get_preds`
     self._check_setting() # here, as MixUp swaps the loss in `before_train`
     self._recorder.start(['teacher_loss','signal'] + ['pseudo_acc']*tells_truth(self.unlabeled_dl, dls=self.dls))
 

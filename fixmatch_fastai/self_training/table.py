@@ -23,14 +23,14 @@ from fastai.torch_basics import (
 )
 from fastprogress.fastprogress import progress_bar
 
-from ..core import as_series, escape_name, finished, first_line, item_at
+from ..callback import logits_of
+from ..core import as_series, escape_name, evaluating, finished, first_line, item_at
 from ..core import read_csv, save_csv, unescape_name
 from ..items import image_identities, image_identity, listed
 from ..labeled import WeakTransform
 from fixmatch_fastai.self_training.soft_labels import (
     LogitsMSELoss, SoftCategory, SoftCrossEntropyLoss, SoftLabel, present_classes
 )
-from ..uncertainty import eval_logits
 
 # %% ../../nbs/self_training/02_table.ipynb #27be9de7
 class _OpenedViews(torch.utils.data.Dataset):
@@ -50,7 +50,7 @@ def _outputs(learn, x, logits, beta=0.25):
     "Logits, or softmax, (n, C) of images (n, 1+views, channels, H, W)"
     n,k = x.shape[:2]
     x = finished(to_device(x.flatten(0,1), next(learn.model.parameters()).device), learn.dls)
-    out = eval_logits(learn.model, x, None).float().cpu()
+    with evaluating(learn.model): out = logits_of(learn, learn.model, x).float().cpu()
     if logits: return out
     probs = out.softmax(1).view(n, k, -1)
     return probs[:,0] if k == 1 else probs[:,1:].mean(1).lerp(probs[:,0], beta)

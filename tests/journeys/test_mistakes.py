@@ -4,8 +4,27 @@ import pytest
 import torch
 from conftest import quiet_fit, tiny_net
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, MixUp, nn
+from PIL import Image
 
-from fixmatch_fastai.all import FixedThreshold, FixMatch, ModelEMA, Policy, PseudoLabels, split_labeled
+from fixmatch_fastai.all import (
+    FixedThreshold,
+    FixMatch,
+    FixMatchBatchTransform,
+    FixMatchTransform,
+    FlexMatch,
+    ModelEMA,
+    Policy,
+    PseudoLabels,
+    SaveFixMatch,
+    ShowPseudoLabels,
+    split_labeled,
+    strong_augment,
+    weak_augment,
+)
+from fixmatch_fastai.augment import WeakAugment
+from fixmatch_fastai.recipe import FrozenBatchNorm
+from fixmatch_fastai.record import StopOnTrouble
+from fixmatch_fastai.self_training.meta_pseudo_labels import MetaPseudoLabels
 
 
 def labeled(y=None, x=None):
@@ -96,7 +115,7 @@ def test_model_with_two_inputs():
         ([dict(weak=1)], TypeError, 'yields dict'),
         ([(torch.zeros(8, 1, 16, 16), torch.zeros(7, 1, 16, 16))], ValueError, 'one shape and dtype'),
         (views(shape=(1, 20, 20)), ValueError, r'A view is \(1, 20, 20\).*a labelled image is \(1, 16, 16\)'),
-        (views(shape=(3, 16, 16)), ValueError, r'A view is \(3, 16, 16\)'),
+        (views(shape=(3, 16, 16)), ValueError, r'A view is \(3, 16, 16\).* for each channel'),
         ([(torch.zeros(8, 1, 16, 16, dtype=torch.uint8),) * 2], ValueError, '`mean` and `std`'),
     ],
     ids=['empty', 'used up', 'files', 'tensor', 'labelled', 'dict', 'unequal', 'size', 'channels', 'uint8'],
@@ -134,6 +153,34 @@ def test_wrong_arguments_of_loaders(make_dls, pool):
         split_labeled(pool, lambda o: o.parent.name, -10)
 
 
+@pytest.mark.parametrize(
+    'kwargs,match',
+    [
+        (dict(weak=WeakAugment), r'use `weak=WeakAugment\(\)`'),
+        (dict(weak=weak_augment), r'use `weak=weak_augment\(\)`'),
+        (dict(strong=strong_augment), r'use `strong=strong_augment\(\)`'),
+        (dict(strong='paper'), r"use for example `strong=strong_augment\('paper'\)`"),
+        (dict(weak=3), r'use for example `weak=weak_augment\(\)`'),
+    ],
+    ids=['class', 'weak', 'strong', 'name', 'number'],
+)
+@pytest.mark.parametrize('cls', [FixMatchTransform, FixMatchBatchTransform])
+def test_what_makes_a_view_in_place_of_it(cls, kwargs, match):
+    with pytest.raises(TypeError, match=match):
+        cls(**kwargs)
+
+
+@pytest.mark.parametrize('cls', [FixMatchTransform, FixMatchBatchTransform])
+def test_a_transforms_class_in_place_of_a_transform(make_dls, pool, cls):
+    with pytest.raises(TypeError, match=rf'is the class {cls.__name__}: use `tfm={cls.__name__}\(\)`'):
+        make_dls().unlabeled_dl(pool, tfm=cls)
+
+
+def test_a_transforms_class_in_a_torch_data_set():
+    with pytest.raises(TypeError, match=r'use `transform=FixMatchTransform\(mean, std\)`, not the class'):
+        FixMatchTransform(Image.new('RGB', (8, 8)))
+
+
 def test_fewer_labels_than_bs(make_dls, make_learner, pool):
     dls = make_dls(bs=64, n_batches=None)
     learn = make_learner(dls=dls)
@@ -165,7 +212,12 @@ def test_two_fixmatch_callbacks(make_learner, make_dls, pool):
         (dict(forward='twice'), ValueError, "must be 'joint'"),
         (dict(policy=FixedThreshold(), threshold=0.9), ValueError, 'either `policy`, or'),
         (dict(policy=FixedThreshold(), T=0.5), ValueError, 'either `policy`, or'),
-        (dict(policy=FixedThreshold), TypeError, 'must be a Policy'),
+        (
+            dict(policy=FlexMatch),
+            TypeError,
+            'must be a Policy, but is the class FlexMatch: use `policy=FlexMatch\\(\\)`',
+        ),
+        (dict(policy=3), TypeError, 'must be a Policy, but is a int: use for example'),
     ],
     ids=lambda o: str(o) if isinstance(o, dict) else '',
 )
@@ -217,3 +269,83 @@ def test_wrong_teacher_or_warmup(kwargs, exc, sentence):
     with pytest.raises(exc) as e:
         FixMatch([], **kwargs)
     assert str(e.value).startswith(sentence) and '\n' not in str(e.value)
+
+
+# --- one image in a batch
+
+
+def one_label(n=6, **kwargs):
+    "A learner whose head has a BatchNorm1d, and whose labelled batches have one image"
+    batch = torch.randn(1, 1, 16, 16), torch.zeros(1, dtype=torch.long)
+    model = nn.Sequential(tiny_net(), nn.BatchNorm1d(10))
+    return Learner(DataLoaders([batch] * 2, [batch]), model, CrossEntropyLossFlat(), cbs=FixMatch(views(n), **kwargs))
+
+
+@pytest.mark.parametrize('forward', ['joint', 'split', 'selective'])
+def test_a_batch_of_one_label_trains(forward):
+    learn = one_label(forward=forward, threshold=1.0)  # nothing counts, so that `'selective'` keeps no view of its own
+    quiet_fit(learn, 1)
+    assert len(learn.fix_match.history) == 2
+
+
+ONE_IMAGE = [dict(warmup=0.5), dict(n=1, forward='split'), dict(n=1, forward='selective')]
+
+
+@pytest.mark.parametrize('kwargs', ONE_IMAGE, ids=str)
+def test_a_pass_of_one_image_is_refused(kwargs):
+    with pytest.raises(ValueError, match='has a single image, which BatchNorm1d .*: use a `bs` of 2 or more'):
+        quiet_fit(one_label(**kwargs), 1)
+
+
+# --- one callback, two learners
+
+
+def plain_learner(*cbs):
+    return Learner(labeled(), tiny_net(), CrossEntropyLossFlat(), cbs=cbs)
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: FixMatch(views()),
+        lambda: FixMatch(views(), teacher=ModelEMA(half_life=1)),
+        lambda: MetaPseudoLabels(tiny_net(), views()),
+        lambda: ModelEMA(half_life=1),
+        SaveFixMatch,
+        StopOnTrouble,
+        ShowPseudoLabels,
+        FrozenBatchNorm,
+    ],
+    ids=['FixMatch', 'teacher', 'MetaPseudoLabels', 'ModelEMA', 'Save', 'Stop', 'Show', 'FrozenBatchNorm'],
+)
+def test_a_callback_given_to_a_second_learner(make, tmp_path):
+    cb = make()
+    first, second = plain_learner(cb), plain_learner(cb)
+    first.path = second.path = tmp_path
+    quiet_fit(second, 1)
+    name = type(cb).__name__
+    with pytest.raises(ValueError, match=f"This Learner's {name} was given to another Learner.*`learn.add_cb") as e:
+        quiet_fit(first, 1)
+    assert str(e.value).split('\t')[-1].count('\n') == 0
+    first.validate()
+    quiet_fit(second, 1)
+    first.add_cb(make())
+    quiet_fit(first, 1)
+
+
+def test_a_callback_that_comes_back():
+    fm = FixMatch(views())
+    first, second = plain_learner(fm), plain_learner(fm)
+    first.add_cb(fm)
+    quiet_fit(first, 1)
+    assert len(fm.history) == 2 and 'loss_u' in first.recorder.metric_names
+    with pytest.raises(ValueError, match='was given to another Learner'):
+        quiet_fit(second, 1)
+
+
+def test_a_callback_whose_learner_is_lost():
+    fm = FixMatch(views())
+    first, second = plain_learner(fm), plain_learner(fm)
+    first.remove_cb(fm)
+    with pytest.raises(ValueError, match='FixMatch has lost its Learner .*: make the Learner anew'):
+        quiet_fit(second, 1)

@@ -8,6 +8,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torchvision
@@ -39,9 +40,9 @@ from fastai.vision.all import (
     set_seed,
     vision_learner,
 )
-from in_memory import sgd
+from in_memory import batches, sgd
 
-from fixmatch_fastai.all import FixMatch, FixMatchTransform
+from fixmatch_fastai.all import FixMatch, FixMatchTransform, ModelEMA
 from fixmatch_fastai.core import finished
 
 COLUMNS = ['loss_x', 'loss_u', 'mask_rate', 'pseudo_acc']
@@ -304,3 +305,45 @@ def test_repeat_train_keeps_the_transforms_of_now(jpegs, fake_weights):
     assert len(longer.train) == 5
     assert [type(t) for t in longer.train.after_batch.fs] == [type(t) for t in longer.valid.after_batch.fs]
     assert longer.train.one_batch()[0].min() < -1, 'normalised'
+
+
+# --- a validation during a fit
+
+
+class Validates(Callback):
+    "Tries other images, as a user's callback may"
+
+    def __init__(self, event, order):
+        self._event, self.order, self.results = event, order, []
+
+    def __call__(self, event_name):
+        if event_name == self._event and not self.learn.lock.locked():
+            self.results.append(self.learn.validate())
+
+
+def fit_beside(*cbs):
+    labeled, unlabeled = batches(3)
+    fm = FixMatch(unlabeled, 0.12, teacher=ModelEMA(half_life=2))
+    set_seed(0)
+    dls = DataLoaders(labeled, labeled[:1])
+    learn = Learner(dls, tiny_net(), CrossEntropyLossFlat(), metrics=accuracy, opt_func=sgd, cbs=[fm, *cbs])
+    quiet_fit(learn, 2)
+    return learn
+
+
+@pytest.fixture(scope='module')
+def alone():
+    return fit_beside()
+
+
+@pytest.mark.parametrize('order', [-20, 0, 90])
+@pytest.mark.parametrize('event', ['before_epoch', 'after_train', 'after_validate', 'after_epoch'])
+def test_a_validation_during_a_fit_changes_nothing(alone, event, order):
+    validates = Validates(event, order)
+    learn = fit_beside(validates)
+    assert len(validates.results) == 2 and all(len(o) == 2 for o in validates.results)
+    assert learn.recorder.metric_names == alone.recorder.metric_names and len(learn.fix_match.history) == 6
+    pd.testing.assert_frame_equal(learn.fix_match.history, alone.fix_match.history)
+    np.testing.assert_equal(learn.recorder.values, alone.recorder.values)
+    np.testing.assert_equal(learn.recorder.losses, alone.recorder.losses)
+    assert learn.epoch == 1 and learn.train_iter == 6
