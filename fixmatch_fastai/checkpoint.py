@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from enum import Enum
 from functools import partial
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
@@ -261,7 +262,7 @@ def _made_with(o, depth=3):
     if isinstance(o, partial): return f'{inner(o.func)}({inner(o.args)}, {inner(o.keywords)})'
     if type(o) is Transform: return o.name # of a function
     if hasattr(o, '__name__'): return o.__name__
-    return f'{type(o).__name__}({inner(_kept_arguments(o))})'
+    return f'{type(o).__name__}({_made_with(_kept_arguments(o), depth)})'
 
 # %% ../nbs/08_checkpoint.ipynb #3628fe01
 # callbacks that decide the training are in these; others look on, and may come and go
@@ -285,8 +286,10 @@ def _transforms(dl):
     "What images go through: fastai's transforms, ours for two views, or those of torchvision's datasets"
     fs = [f for k in ('after_item','before_batch','after_batch') for f in getattr(getattr(dl, k, None), 'fs', [])]
     data = getattr(dl, 'dataset', None)
-    while hasattr(data, 'dataset') and not hasattr(data, 'tfm'): data = data.dataset # a part of another
-    fs += [getattr(data, k, None) for k in ('tfm','transform')]
+    for _ in range(4): # a part of another
+        held = getattr(data, '__dict__', {})
+        fs += [held.get(k) for k in ('tfm','transform')]
+        data = held.get('dataset')
     # its statistics may be those of one random batch
     return ['Normalize' if isinstance(f, Normalize) else _made_with(f) for f in fs if f is not None]
 
@@ -307,13 +310,29 @@ def _kinds(learn):
 # %% ../nbs/08_checkpoint.ipynb #960521cd
 _of_network = ('shape of','kind of')
 
+def _apart(a, b):
+    "Two texts, of long ones the part where they begin to differ"
+    start = max(0, len(commonprefix([a, b]))-20) if max(len(a), len(b)) > 60 else 0
+    return ['…'*(start > 0) + truncstr(o[start:], 60, suf='…') for o in (a,b)]
+
 def _check_same(name, saved, own):
     "A ValueError, if `own` is not what was `saved`"
-    short = lambda o: truncstr('none' if o is None else str(o), 60, suf='…')
     for k in sorted({**saved, **own}, key=lambda o: not o.startswith(_of_network)): # another has other groups too
         if saved.get(k) == own.get(k): continue
-        raise ValueError(f"{name} is a checkpoint of another run ({k}: {short(saved.get(k))} there, "
-                         f"{short(own.get(k))} here): set this one up as that was, or give another `fname`.")
+        there,here = _apart(*('none' if o.get(k) is None else str(o[k]) for o in (saved,own)))
+        raise ValueError(f"{name} is a checkpoint of another run ({k}: {there} there, {here} here): "
+                         "set this one up as that was, or give another `fname`.")
+
+def _check_memory(name, fm, o):
+    "A ValueError, if the policy would not take this memory"
+    policy,n_classes = deepcopy(fm.policy),o['n_classes']
+    pool,labeler = getattr(fm.unlabeled_dl, 'dataset', None),get_model(fm.labeler)
+    try:
+        policy.load_state_dict(o['policy'], strict=n_classes is not None)
+        if n_classes is not None: policy.setup(n_classes, len_of(pool), labeler)
+    except Exception as e: # of many kinds: a policy may be anyone's
+        raise ValueError(f"{name} holds another policy's memory: use the policy of that run, "
+                         f"or give another `fname`. {first_line(e)}") from e
 
 # %% ../nbs/08_checkpoint.ipynb #ed32e154
 def _require(fits, what):
@@ -322,6 +341,8 @@ def _require(fits, what):
 def _is_whole(o, low=0, high=2**53): return type(o) is int and low <= o <= high
 
 def _is_number(o): return type(o) in (int,float)
+
+def _is_scalar(o): return o is None or _is_number(o) or isinstance(o, Tensor) and o.numel() == 1
 
 def _is_plain(o):
     "Numbers, text and plain containers"
@@ -362,9 +383,10 @@ def _check_progress(learn, o):
     _require(_is_whole(o['epoch'], 1, learn.n_epoch), 'epoch')
     _require(_is_whole(o['train_iter'], 0, (len_of(learn.dls.train) or 2**31)*learn.n_epoch), 'train_iter')
     _require(type(o['finished']) is bool, 'finished')
-    _require(isinstance(o['rows'], list) and all(isinstance(row, list) and _is_plain(row) for row in o['rows']), 'rows')
-    numbers = isinstance(o['scaler'], dict) and all(_is_number(v) and math.isfinite(v) for v in o['scaler'].values())
-    _require(numbers and _is_plain(o['scaler']), 'scaler')
+    _require(isinstance(o['rows'], list) and all(isinstance(row, list) for row in o['rows']), 'rows')
+    _require(all(_is_scalar(v) or isinstance(v, str) for row in o['rows'] for v in row), 'rows')
+    _require(isinstance(o['scaler'], dict) and all(_is_number(v) and 0 <= v < math.inf for v in o['scaler'].values()), 'scaler')
+    _require(o['scaler'].get('scale', 1) > 0, 'scaler')
 
 # %% ../nbs/08_checkpoint.ipynb #b67e24c4
 def _check_opt_entry(p, entry):
@@ -372,8 +394,9 @@ def _check_opt_entry(p, entry):
     for k,v in entry.items():
         fits = v is None or isinstance(v, (bool,int)) or isinstance(v, float) and math.isfinite(v)
         if isinstance(v, Tensor): # of a weight, or of its rows or columns
-            fits = not v.is_complex() and not why_unfit(v, p.new_zeros(v.shape) if v.is_floating_point() else v)
-            fits = fits and (v.numel() == 1 or torch.broadcast_shapes(v.shape, p.shape) == p.shape)
+            averaged = 'avg' in k or 'buffer' in k or v.ndim > 0
+            own = p.new_zeros(p.shape if 'avg' in k or 'buffer' in k else v.shape) if averaged else v.new_zeros(())
+            fits = not v.is_complex() and not why_unfit(v, own) and torch.broadcast_shapes(v.shape, p.shape) == p.shape
         _require(isinstance(k, str) and fits, f'{k} of the optimizer')
 
 def _check_opt(learn, o):
@@ -389,7 +412,7 @@ def _check_opt(learn, o):
     groups = 'hypers' if isinstance(opt, Optimizer) else 'param_groups'
     _require(isinstance(sd[groups], list) and len(sd[groups]) == len(own[groups]), groups)
     for saved,now in zip(sd[groups], own[groups]):
-        _require(isinstance(saved, dict) and _is_plain(saved), groups)
+        _require(isinstance(saved, dict) and all(isinstance(v, Tensor) or _is_plain(v) for v in saved.values()), groups)
         if isinstance(opt, Optimizer): _require(saved.keys() == now.keys(), groups)
         else: _require(saved.get('params') == now['params'], groups)
         for k in saved.keys() & now.keys(): _require(_is_alike(saved[k], now[k]), f'{k} of the optimizer')
@@ -407,7 +430,7 @@ def _check_opt(learn, o):
         _require(not slow or len(slow) == len(params) and not any(map(why_unfit, slow, params)), 'slow_weights')
 
 # %% ../nbs/08_checkpoint.ipynb #205dda4f
-_kinds_of_kept = dict(best=lambda o: o is None or _is_number(o) or _is_tensor(o, 0, finite=False),
+_kinds_of_kept = dict(best=lambda o: o is not None and _is_scalar(o),
                       new_best=lambda o: type(o) is bool, wait=_is_whole, count=_is_whole,
                       nb_batches=lambda o: isinstance(o, list) and all(map(_is_whole, o)),
                       hps=lambda o: isinstance(o, dict) and all(isinstance(v, list) for v in o.values()) and _is_plain(o))
@@ -419,6 +442,7 @@ def _check_cb(name, cb, saved):
         for k,v in saved.items():
             _require(k in _kinds_of_kept, f'{k} of {name}')
             _require(k not in _kept_of(cb) or _kinds_of_kept[k](v), f'{k} of {name}')
+            _require(k != 'hps' or not isinstance(cb, ParamScheduler) or v.keys() == cb.scheds.keys(), f'{k} of {name}')
         return
     now = _plain(cb.state_dict())
     if isinstance(now, dict):
@@ -434,45 +458,35 @@ def _check_cbs(learn, o):
         if name in o: _check_cb(name, cb, o[name])
 
 # %% ../nbs/08_checkpoint.ipynb #9f2e1af7
-def _check_memory(name, fm, o):
-    "A ValueError, if the policy would not take this memory"
-    n_classes,policy = o['n_classes'],deepcopy(fm.policy)
-    widest = max(n for v in get_model(fm.model).state_dict().values() for n in (*v.shape,1))
-    _require(n_classes is None or _is_whole(n_classes, 1, widest), 'n_classes')
-    _require(isinstance(o['policy'], dict) and all(isinstance(v, Tensor) for v in o['policy'].values()), 'policy')
-    try:
-        policy.load_state_dict(o['policy'], strict=n_classes is not None)
-        if n_classes is not None: policy.setup(n_classes, len_of(getattr(fm.unlabeled_dl, 'dataset', None)),
-                                               get_model(fm.labeler))
-    except (RuntimeError,ValueError) as e:
-        raise ValueError(f"{name} holds another policy's memory: use the policy of that run, "
-                         f"or give another `fname`. {first_line(e)}") from e
-
 def _check_stream(learn, fm, o):
     "A place that is too far takes days to reach"
     n_u = o['steps'][:, SemiStep._fields.index('n_u')]
     _require(bool((n_u.isfinite() & (n_u >= 0) & (n_u == n_u.round())).all()), 'steps')
     if o['place'] is None or not len(n_u) or not n_u[-1] or not hasattr(fm.unlabeled_dl, 'start_at'): return
     _require(isinstance(o['place'], (tuple,list)) and len(o['place']) == 2 and all(map(_is_whole, o['place'])), 'place')
-    together = processes()[1]*max(batch_size_of(fm.unlabeled_dl), (fm.unlabeled_dl.mu or 0)*batch_size_of(learn.dls.train))
+    pool,bs = fm.unlabeled_dl,batch_size_of(learn.dls.train) or 0
+    together = processes()[1]*max(batch_size_of(pool) or 0, (getattr(pool, 'mu', None) or 0)*bs)
     most = (len_of(learn.dls.train) or 2**31)*learn.n_epoch + 1000 # batches; some may have been drawn to look at
     _require(n_u[-1]*processes()[1] <= o['place'][1] <= most*together and n_u.max() <= together, 'place')
 
 def _check_fixmatch(learn, o):
     for fm in learn._grab_cbs(FixMatch):
+        widest = max(n for v in get_model(learn.model).state_dict().values() for n in (*v.shape,1))
+        _require(o['n_classes'] is None or _is_whole(o['n_classes'], 1, widest), 'n_classes')
+        _require(isinstance(o['policy'], dict) and all(isinstance(v, Tensor) for v in o['policy'].values()), 'policy')
         _require(_is_tensor(o['steps'], 2, len(SemiStep._fields), finite=False), 'steps')
         _check_stream(learn, fm, o)
         _require(isinstance(o['trouble'], dict) and all(isinstance(v, str) for v in o['trouble'].values()), 'trouble')
         for n_steps,counts,thresholds in o.get('classes', []):
             fits = _is_whole(n_steps, 1) and _is_tensor(counts, 2, o['n_classes']) and len(counts) == 2
-            _require(fits and (thresholds is None or _is_tensor(thresholds)), 'classes')
+            _require(fits and (thresholds is None or _is_tensor(thresholds, finite=False)), 'classes')
         said = o.get('said')
         _require(said is None or _is_tensor(said, 2, o['n_classes']) and len(said) == 2, 'said')
         _require(_is_whole(o.get('n_said', 0)), 'n_said')
 
 # %% ../nbs/08_checkpoint.ipynb #0b937fe0
 def _check_record(o):
-    numbers = lambda v: isinstance(v, list) and all(x is None or _is_number(x) for x in v)
+    numbers = lambda v: isinstance(v, list) and all(map(_is_scalar, v))
     _require(numbers(o['lrs']) and numbers(o['iters']), 'lrs')
     _require(o['losses'] == [] if isinstance(o['losses'], list) else _is_tensor(o['losses'], 1, finite=False), 'losses')
     _require(isinstance(o['values'], list) and all(map(numbers, o['values'])), 'values')
@@ -484,8 +498,9 @@ def _check_random(learn, o):
     own = _generators(learn.dls.train)
     _require(isinstance(o['generators'], list) and len(o['generators']) == len(own), 'generators')
     for generator,state in zip(own, o['generators']): _try_state(generator, state)
-    name,keys,*rest = o['random']['numpy']
-    np.random.RandomState().set_state((name,np.array(keys, dtype=np.uint32),*rest))
+    name,keys,position,*rest = o['random']['numpy']
+    _require(_is_whole(position, 0, 624), 'random') # numpy would read beyond
+    np.random.RandomState().set_state((name,np.array(keys, dtype=np.uint32),position,*rest))
     _try_state(random, o['random']['python'])
     for state in (o['random']['torch'],*o['random']['cuda']): _require(state.dtype == torch.uint8, 'random')
     _try_state(torch.default_generator, o['random']['torch'])
@@ -496,8 +511,7 @@ def _try_state(generator, state):
     if generator is random or isinstance(generator, random.Random):
         random.Random().setstate(state)
         _require(state[2] is None or type(state[2]) is float, 'random')
-    elif isinstance(generator, torch.Generator): torch.Generator(generator.device).set_state(state)
-    else: deepcopy(generator).bit_generator.state = state
+    else: torch.Generator(generator.device).set_state(state)
 
 # %% ../nbs/08_checkpoint.ipynb #5b47a1ad
 def _check_state(learn, o):
@@ -618,8 +632,8 @@ def _find(self:SaveFixMatch):
         _checked(name, _check_weights, get_model(self.learn.model), found['model'])
         return found
     _check_same(name, saved, own)
-    for fm in self.learn._grab_cbs(FixMatch): _check_memory(name, fm, found['fixmatch'])
     _checked(name, _check_state, self.learn, found)
+    for fm in self.learn._grab_cbs(FixMatch): _check_memory(name, fm, found['fixmatch'])
     if found['order'] != self._order:
         warnings.warn(f"The images come in another order than in the run of {name}, so it goes on, but not as it would "
                       "have: sort the files, as in `get_image_files(path).sorted()`.", stacklevel=2)
@@ -630,8 +644,8 @@ def _learner_state(learn):
     "All of the learner that the next epoch depends on"
     fms,scaler = learn._grab_cbs(FixMatch),getattr(learn, 'scaler', None)
     model = {plain_name(k): v for k,v in get_model(learn.model).state_dict().items()}
-    return dict(epoch=learn.epoch+1, train_iter=learn.train_iter, model=model, opt=_opt_state(learn.opt), scaler=scaler.state_dict() if scaler else {},
-                cbs={name: _cb_state(cb) for name,cb in _named_cbs(learn)},
+    return dict(epoch=learn.epoch+1, train_iter=learn.train_iter, model=model, opt=_opt_state(learn.opt),
+                scaler=scaler.state_dict() if scaler else {}, cbs={name: _cb_state(cb) for name,cb in _named_cbs(learn)},
                 fixmatch=_fixmatch_state(fms[0]) if fms else None, record=_record_state(learn),
                 generators=[generator_state(o) for o in _generators(learn.dls.train)], random=_random_state())
 
@@ -648,7 +662,8 @@ def _set_learner_state(learn, o):
         fm.checked = fm.unlabeled_dl # a preflight would draw random numbers
     _set_opt_state(learn.opt, o['opt'])
     scaler = getattr(learn, 'scaler', None)
-    if scaler and o['scaler'] and scaler.state_dict(): scaler.load_state_dict(o['scaler'])
+    if scaler and o['scaler'] and (own := scaler.state_dict()):
+        scaler.load_state_dict({k: o['scaler'].get(k, v) for k,v in own.items()})
     _set_record_state(learn, o['record'])
     learn.train_iter = o['train_iter']
     for generator,state in zip(_generators(learn.dls.train), o['generators']): set_generator_state(generator, state)
