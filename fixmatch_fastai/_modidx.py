@@ -401,6 +401,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fixmatch_fastai/checkpoint.py'),
                                             'fixmatch_fastai.checkpoint._is_alike': ( 'checkpoint.html#_is_alike',
                                                                                       'fixmatch_fastai/checkpoint.py'),
+                                            'fixmatch_fastai.checkpoint._is_lists': ( 'checkpoint.html#_is_lists',
+                                                                                      'fixmatch_fastai/checkpoint.py'),
                                             'fixmatch_fastai.checkpoint._is_number': ( 'checkpoint.html#_is_number',
                                                                                        'fixmatch_fastai/checkpoint.py'),
                                             'fixmatch_fastai.checkpoint._is_plain': ( 'checkpoint.html#_is_plain',

@@ -27,7 +27,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.transforms import Normalize
 from fastai.learner import SkipToEpoch
 from fastai.optimizer import Optimizer
-from fastai.torch_basics import (L, Pipeline, Tensor, Transform, get_model, noop, patch, rank_distrib, store_attr,
+from fastai.torch_basics import (L, Tensor, Transform, get_model, noop, patch, rank_distrib, store_attr,
                                  to_device)
 from fastcore.xtras import truncstr
 from torch import nn
@@ -133,7 +133,8 @@ def _has_state_dict(cb): return hasattr(type(cb), 'state_dict') and hasattr(type
 
 def _kept_of(cb): return {k for kind,names in _kept.items() if isinstance(cb, kind) for k in names}
 
-def _cb_state(cb): return cb.state_dict() if _has_state_dict(cb) else {k: vars(cb)[k] for k in _kept_of(cb) & {*vars(cb)}}
+def _cb_state(cb):
+    return cb.state_dict() if _has_state_dict(cb) else {k: vars(cb)[k] for k in _kept_of(cb) & {*vars(cb)}}
 
 def _set_cbs_state(learn, o):
     for name,cb in _named_cbs(learn):
@@ -242,7 +243,8 @@ def _kept_arguments(o):
     held = {**getattr(o, '__dict__', {}), **getattr(o, '__dict__', {}).get('_buffers', {})}
     try: names = inspect.signature(type(o).__init__).parameters
     except (TypeError,ValueError): return {}
-    return {k: held[k] for k in names if k in held and k not in ('training','learn') and not isinstance(held[k], nn.Module)}
+    names = [k for k in names if k in held and not isinstance(held[k], nn.Module)]
+    return {k: held[k] for k in names if k not in ('training','learn')}
 
 # %% ../nbs/08_checkpoint.ipynb #73b1ff7d
 def _values(o): # of a tensor; many as their checksum
@@ -305,7 +307,8 @@ def _kinds(learn):
                    'forward': [fm.forward_mode for fm in fms], 'loss': _loss_parts(learn),
                    'policy, in full': [[_made_with(m) for m in fm.policy.modules()] for fm in fms],
                    'labelled images go through': _transforms(train), 'unlabelled images go through': _transforms(pool),
-                   'callbacks that train': [*_training_cbs(learn)], **{f'{k} of the optimizer': v for k,v in hypers.items()}})
+                   'callbacks that train': [*_training_cbs(learn)],
+                   **{f'{k} of the optimizer': v for k,v in hypers.items()}})
 
 # %% ../nbs/08_checkpoint.ipynb #960521cd
 _of_network = ('shape of','kind of')
@@ -365,8 +368,8 @@ def _is_tensor(o, ndim=None, n=None, finite=True):
 
 # %% ../nbs/08_checkpoint.ipynb #88170f86
 def _check_heading(o):
-    keys = 'setting order fit finished rows epoch train_iter model opt scaler cbs fixmatch record generators random'.split()
-    for k in keys: _require(k in o, f'{k} is missing')
+    for k in ('setting','order','fit','finished','rows','epoch','train_iter','model','opt','scaler','cbs','fixmatch',
+              'record','generators','random'): _require(k in o, f'{k} is missing')
     for k in ('setting','kinds'): _require(isinstance(o.get(k, {}), dict) and _is_plain(o.get(k)), k)
     _require(_is_plain(o['order']), 'order')
     _require(_is_whole(o['fit']), 'fit')
@@ -385,14 +388,15 @@ def _check_progress(learn, o):
     _require(type(o['finished']) is bool, 'finished')
     _require(isinstance(o['rows'], list) and all(isinstance(row, list) for row in o['rows']), 'rows')
     _require(all(_is_scalar(v) or isinstance(v, str) for row in o['rows'] for v in row), 'rows')
-    _require(isinstance(o['scaler'], dict) and all(_is_number(v) and 0 <= v < math.inf for v in o['scaler'].values()), 'scaler')
-    _require(o['scaler'].get('scale', 1) > 0, 'scaler')
+    scaler = o['scaler']
+    _require(isinstance(scaler, dict) and all(_is_number(v) and 0 <= v < math.inf for v in scaler.values()), 'scaler')
+    _require(scaler.get('scale', 1) > 0, 'scaler')
 
 # %% ../nbs/08_checkpoint.ipynb #b67e24c4
 def _check_opt_entry(p, entry):
     _require(isinstance(entry, dict), 'state of the optimizer')
     for k,v in entry.items():
-        fits = v is None or isinstance(v, (bool,int)) or isinstance(v, float) and math.isfinite(v)
+        fits = v is None and 'buffer' in str(k) or isinstance(v, (bool,int,float)) and math.isfinite(v)
         if isinstance(v, Tensor): # of a weight, or of its rows or columns
             averaged = 'avg' in k or 'buffer' in k or v.ndim > 0
             own = p.new_zeros(p.shape if 'avg' in k or 'buffer' in k else v.shape) if averaged else v.new_zeros(())
@@ -412,10 +416,12 @@ def _check_opt(learn, o):
     groups = 'hypers' if isinstance(opt, Optimizer) else 'param_groups'
     _require(isinstance(sd[groups], list) and len(sd[groups]) == len(own[groups]), groups)
     for saved,now in zip(sd[groups], own[groups]):
-        _require(isinstance(saved, dict) and all(isinstance(v, Tensor) or _is_plain(v) for v in saved.values()), groups)
+        _require(isinstance(saved, dict), groups)
+        _require(all(isinstance(v, Tensor) or _is_plain(v) for v in saved.values()), groups)
         if isinstance(opt, Optimizer): _require(saved.keys() == now.keys(), groups)
         else: _require(saved.get('params') == now['params'], groups)
-        for k in saved.keys() & now.keys(): _require(_is_alike(saved[k], now[k]), f'{k} of the optimizer')
+        for k in saved.keys() & now.keys():
+            _require(_is_alike(saved[k], now[k]) and (saved[k] is not None or now[k] is None), f'{k} of the optimizer')
     if isinstance(opt, Optimizer):
         _require(isinstance(sd['state'], list) and len(sd['state']) == len(params), 'state of the optimizer')
         for p,entry in zip(params, sd['state']): _check_opt_entry(p, entry)
@@ -430,10 +436,12 @@ def _check_opt(learn, o):
         _require(not slow or len(slow) == len(params) and not any(map(why_unfit, slow, params)), 'slow_weights')
 
 # %% ../nbs/08_checkpoint.ipynb #205dda4f
+def _is_lists(o): return isinstance(o, dict) and _is_plain(o) and all(isinstance(v, list) for v in o.values())
+
 _kinds_of_kept = dict(best=lambda o: o is not None and _is_scalar(o),
                       new_best=lambda o: type(o) is bool, wait=_is_whole, count=_is_whole,
                       nb_batches=lambda o: isinstance(o, list) and all(map(_is_whole, o)),
-                      hps=lambda o: isinstance(o, dict) and all(isinstance(v, list) for v in o.values()) and _is_plain(o))
+                      hps=_is_lists)
 
 def _check_cb(name, cb, saved):
     if isinstance(cb, ModelEMA): return cb.check_state_dict(saved)
@@ -645,7 +653,8 @@ def _learner_state(learn):
     fms,scaler = learn._grab_cbs(FixMatch),getattr(learn, 'scaler', None)
     model = {plain_name(k): v for k,v in get_model(learn.model).state_dict().items()}
     return dict(epoch=learn.epoch+1, train_iter=learn.train_iter, model=model, opt=_opt_state(learn.opt),
-                scaler=scaler.state_dict() if scaler else {}, cbs={name: _cb_state(cb) for name,cb in _named_cbs(learn)},
+                scaler=scaler.state_dict() if scaler else {},
+                cbs={name: _cb_state(cb) for name,cb in _named_cbs(learn)},
                 fixmatch=_fixmatch_state(fms[0]) if fms else None, record=_record_state(learn),
                 generators=[generator_state(o) for o in _generators(learn.dls.train)], random=_random_state())
 
@@ -694,7 +703,8 @@ def _save(self:SaveFixMatch,
     finished:bool # Is nothing left to train?
 ):
     if rank_distrib(): return
-    state = _plain(dict(format=_format, version=__version__, setting=self._setting, kinds=self._kinds, order=self._order,
+    state = _plain(dict(format=_format, version=__version__,
+                        setting=self._setting, kinds=self._kinds, order=self._order,
                         fit=self._n_fits, finished=finished, rows=self._rows, **_learner_state(self.learn)))
     try:
         with replacing(self.file) as tmp: torch.save(state, tmp)

@@ -10,7 +10,7 @@ import math,warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from fastai.callback.core import Callback

@@ -601,8 +601,9 @@ class Combined(Policy):
 def _as_thresholds(name, v):
     "`v`, a number or one for each class, as float64 () or (C,)"
     try: t = torch.as_tensor(v)
-    except (TypeError,ValueError,RuntimeError): t = None
-    if t is None or t.dtype == torch.bool or t.is_complex() or t.ndim > 1 or t.numel() == 0 or not ((0 <= t) & (t <= 1)).all():
+    except (TypeError,ValueError,RuntimeError): t = torch.zeros(0)
+    numbers = t.dtype != torch.bool and not t.is_complex() and t.ndim <= 1 and t.numel() > 0
+    if not numbers or not ((0 <= t) & (t <= 1)).all():
         raise ValueError(f"`{name}` must be a number between 0 and 1, or one for each class in a sequence, "
                          f"but got {v}.")
     return torch.as_tensor(v, dtype=torch.float64).cpu()

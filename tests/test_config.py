@@ -127,7 +127,12 @@ def test_file_and_settings(tmp_path):
         assert read_config(file=file) == o
 
 
-WRONG = {int: (True, 2.5, '3', math.nan), float: (True, '0.5', math.inf, -math.inf, math.nan), bool: (1, 'yes'), str: (3,)}
+WRONG = {
+    int: (True, 2.5, '3', math.nan),
+    float: (True, '0.5', math.inf, -math.inf, math.nan),
+    bool: (1, 'yes'),
+    str: (3,),
+}
 
 
 @pytest.mark.parametrize('name', flat_values(ExperimentConfig()))

@@ -315,7 +315,8 @@ def test_export_on_loaders_that_are_not_fastais(tmp_path):
     learn = build(tmp_path)
     images = torch.utils.data.TensorDataset(torch.randn(4, 1, 8, 8), torch.arange(4))
     torch_dl = torch.utils.data.DataLoader(images, batch_size=2)
-    for learn.dls in (learn.dls, DataLoaders(torch_dl, torch_dl)):
+    for dls in (learn.dls, DataLoaders(torch_dl, torch_dl)):
+        learn.dls = dls
         with pytest.raises(TypeError, match='`export` needs .* use `learn.save_weights`, and `load_weights` in'):
             learn.export()
     assert not (tmp_path / 'export.pkl').exists()
