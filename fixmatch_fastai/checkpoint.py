@@ -6,26 +6,36 @@
 __all__ = ['generator_state', 'set_generator_state', 'AroundEpochs', 'SaveFixMatch']
 
 # %% ../nbs/08_checkpoint.ipynb #f68369be
-import random,re,warnings,zipfile,zlib
+import inspect,math,random,re,warnings,zipfile,zlib
 from collections import Counter
 from collections.abc import Mapping
+from copy import deepcopy
+from enum import Enum
 from functools import partial
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.callback.core import CancelFitException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixHandler
+from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TrackerCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.data.transforms import Normalize
 from fastai.learner import SkipToEpoch
 from fastai.optimizer import Optimizer
-from fastai.torch_basics import L, Tensor, get_model, noop, patch, rank_distrib, store_attr, to_device
+from fastai.torch_basics import (L, Tensor, Transform, get_model, noop, patch, rank_distrib, store_attr,
+                                 to_device)
 from fastcore.xtras import truncstr
+from torch import nn
 
 from . import __version__
-from .callback import FixMatch
-from .core import FitCallback, batch_size_of, len_of, processes, replacing
-from .ema import ModelEMA
+from .callback import FixMatch, own_loss
+from .core import FitCallback, batch_size_of, first_line, len_of, processes, replacing
+from .ema import ModelEMA, plain_name, renamed, why_unfit
 from .record import SemiStep
 
 # %% ../nbs/08_checkpoint.ipynb #f35f2735
@@ -55,7 +65,8 @@ def _read(
     except Exception as e: # of many kinds, from zip, pickle and torch
         raise ValueError(f"The file {file.name} can't be read as a checkpoint, it is damaged or something else: "
                          "delete it to train from the start, or give another `fname`.") from e
-    if isinstance(found, dict) and found.get('format') == _format: return found
+    found_format = found.get('format') if isinstance(found, dict) else None
+    if isinstance(found_format, str) and found_format == _format: return found
     raise ValueError(f"The file {file.name} is no checkpoint of this version of SaveFixMatch: "
                      "give another `fname`, or delete it to train from the start.")
 
@@ -108,8 +119,8 @@ def _set_opt_state(opt, o):
         else: p.grad = None if g is None else torch.zeros_like(p)
 
 # %% ../nbs/08_checkpoint.ipynb #f4748f90
-# of trackers; GradientAccumulation; ShowGraphCallback; ParamScheduler
-_kept_attributes = ('best','new_best','wait','count','nb_batches','hps')
+_kept = {TrackerCallback: ('best','new_best'), EarlyStoppingCallback: ('wait',), ReduceLROnPlateau: ('wait',),
+         GradientAccumulation: ('count',), ShowGraphCallback: ('nb_batches',), ParamScheduler: ('hps',)}
 
 def _named_cbs(learn):
     "Callbacks, each with a name that no other has"
@@ -120,13 +131,15 @@ def _named_cbs(learn):
 
 def _has_state_dict(cb): return hasattr(type(cb), 'state_dict') and hasattr(type(cb), 'load_state_dict')
 
+def _kept_of(cb): return {k for kind,names in _kept.items() if isinstance(cb, kind) for k in names}
+
 def _cb_state(cb):
-    return cb.state_dict() if _has_state_dict(cb) else {k: v for k,v in vars(cb).items() if k in _kept_attributes}
+    return cb.state_dict() if _has_state_dict(cb) else {k: vars(cb)[k] for k in _kept_of(cb) & {*vars(cb)}}
 
 def _set_cbs_state(learn, o):
     for name,cb in _named_cbs(learn):
         if _has_state_dict(cb): cb.load_state_dict(o[name])
-        else: vars(cb).update(o.get(name, {}))
+        else: vars(cb).update({k: v for k,v in o.get(name, {}).items() if k in _kept_of(cb)})
 
 # %% ../nbs/08_checkpoint.ipynb #826a7497
 def _record_state(learn):
@@ -198,7 +211,8 @@ def _optimizer_setting(learn):
     opt,net = learn.opt,get_model(learn.model)
     stepped = opt.cbs if isinstance(opt, Optimizer) else [opt.opt]
     schedules = {k: f for cb in learn._grab_cbs(ParamScheduler) for k,f in cb.scheds.items()}
-    return {**{f'shape of {n}': tuple(v.shape) for n,v in net.state_dict().items() if isinstance(v, Tensor)},
+    shapes = {plain_name(n): tuple(v.shape) for n,v in net.state_dict().items() if isinstance(v, Tensor)}
+    return {**{f'shape of {n}': v for n,v in shapes.items()},
             'weights that are trained': sum(p.numel() for p in net.parameters() if p.requires_grad),
             'parameters in each group': [len(o) for o in opt.param_lists], 'optimizer': [_name(o) for o in stepped],
             **{f'schedule of {k}': _quarters(f) for k,f in schedules.items()},
@@ -223,21 +237,308 @@ def _setting(learn):
                    'decay of the average': [cb.decay for _,cb in cbs if isinstance(cb, ModelEMA)],
                    'callbacks with a state': [name for name,cb in cbs if _has_state_dict(cb)]})
 
+# %% ../nbs/08_checkpoint.ipynb #bbf7c6b6
+def _kept_arguments(o):
+    "What an object, or a module as one of its buffers, holds under the names of its constructor's arguments"
+    held = {**getattr(o, '__dict__', {}), **getattr(o, '__dict__', {}).get('_buffers', {})}
+    try: names = inspect.signature(type(o).__init__).parameters
+    except (TypeError,ValueError): return {}
+    names = [k for k in names if k in held and not isinstance(held[k], nn.Module)]
+    return {k: held[k] for k in names if k not in ('training','learn')}
+
+# %% ../nbs/08_checkpoint.ipynb #73b1ff7d
+def _values(o): # of a tensor; many as their checksum
+    v = torch.as_tensor(o).detach().cpu().double().flatten()
+    return [f'{x:.6g}' for x in v.tolist()] if len(v) <= 64 else f'checksum {zlib.crc32(v.numpy().tobytes())}'
+
+def _made_with(o, depth=3):
+    "As text: a value, or the class of an object and the arguments that it kept of its constructor's"
+    if isinstance(o, Enum): return o.name
+    if o is None or isinstance(o, (bool,int,str,np.bool_)): return repr(o)
+    if isinstance(o, (float,np.number)): return f'{o:.6g}'
+    if isinstance(o, (Tensor,np.ndarray)): return str(_values(o))
+    if depth == 0: return type(o).__name__
+    inner = partial(_made_with, depth=depth-1)
+    if isinstance(o, Mapping): return ', '.join(f'{k}={inner(v)}' for k,v in o.items())
+    if isinstance(o, (list,tuple,L)): return f"[{', '.join(map(inner, o))}]"
+    if isinstance(o, partial): return f'{inner(o.func)}({inner(o.args)}, {inner(o.keywords)})'
+    if type(o) is Transform: return o.name # of a function
+    if hasattr(o, '__name__'): return o.__name__
+    return f'{type(o).__name__}({_made_with(_kept_arguments(o), depth)})'
+
+# %% ../nbs/08_checkpoint.ipynb #3628fe01
+# callbacks that decide the training are in these; others look on, and may come and go
+_training_rooms = ('fastai.callback.training','fastai.callback.mixup','fastai.callback.fp16','fastai.callback.rnn',
+                   'fixmatch_fastai.recipe')
+
+def _training_cbs(learn):
+    for name,cb in _named_cbs(learn):
+        if not any(o.__module__ in _training_rooms for o in type(cb).__mro__): continue
+        alpha = f' {cb.distrib.concentration1:g}' if isinstance(cb, MixHandler) else ''
+        yield _made_with(cb)+alpha
+
+def _loss_parts(learn):
+    loss = own_loss(learn)
+    mixed = getattr(loss, '__self__', None) # where Ctrl-C left MixUp's in its place
+    if isinstance(mixed, MixHandler): loss = mixed.old_lf
+    inner = getattr(loss, 'func', loss) # of fastai's losses
+    return [_made_with(o) for o in (loss, *(inner.modules() if isinstance(inner, nn.Module) else [inner]))]
+
+def _transforms(dl):
+    "What images go through: fastai's transforms, ours for two views, or those of torchvision's datasets"
+    fs = [f for k in ('after_item','before_batch','after_batch') for f in getattr(getattr(dl, k, None), 'fs', [])]
+    data = getattr(dl, 'dataset', None)
+    for _ in range(4): # a part of another
+        held = getattr(data, '__dict__', {})
+        fs += [held.get(k) for k in ('tfm','transform')]
+        data = held.get('dataset')
+    # its statistics may be those of one random batch
+    return ['Normalize' if isinstance(f, Normalize) else _made_with(f) for f in fs if f is not None]
+
+# %% ../nbs/08_checkpoint.ipynb #02bceb5f
+def _kinds(learn):
+    "What decides the training and is not in the numbers of `_setting`, by name"
+    fms,opt,(train,pool) = learn._grab_cbs(FixMatch),learn.opt,_loaders(learn)
+    scheduled = {k for cb in learn._grab_cbs(ParamScheduler) for k in cb.scheds}
+    hypers = {k: [_made_with(h.get(k)) for h in opt.hypers] for k in opt.hypers[0] if k not in scheduled | {'lr','wd'}}
+    bare = lambda name: re.sub(r'(^|\.)_orig_mod', '', name).lstrip('.') # a compiled module comes before what it wraps
+    modules = {bare(name): m for name,m in get_model(learn.model).named_modules()}
+    return _plain({**{f"kind of {n or 'the network'}": _made_with(m) for n,m in modules.items()},
+                   'forward': [fm.forward_mode for fm in fms], 'loss': _loss_parts(learn),
+                   'policy, in full': [[_made_with(m) for m in fm.policy.modules()] for fm in fms],
+                   'labelled images go through': _transforms(train), 'unlabelled images go through': _transforms(pool),
+                   'callbacks that train': [*_training_cbs(learn)],
+                   **{f'{k} of the optimizer': v for k,v in hypers.items()}})
+
 # %% ../nbs/08_checkpoint.ipynb #960521cd
+_of_network = ('shape of','kind of')
+
+def _apart(a, b):
+    "Two texts, of long ones the part where they begin to differ"
+    start = max(0, len(commonprefix([a, b]))-20) if max(len(a), len(b)) > 60 else 0
+    return ['…'*(start > 0) + truncstr(o[start:], 60, suf='…') for o in (a,b)]
+
 def _check_same(name, saved, own):
     "A ValueError, if `own` is not what was `saved`"
-    short = lambda o: truncstr('none' if o is None else str(o), 60, suf='…')
-    for k in sorted({**saved, **own}, key=lambda o: not o.startswith('shape')): # another model has other groups too
+    for k in sorted({**saved, **own}, key=lambda o: not o.startswith(_of_network)): # another has other groups too
         if saved.get(k) == own.get(k): continue
-        raise ValueError(f"{name} is a checkpoint of another run ({k}: {short(saved.get(k))} there, "
-                         f"{short(own.get(k))} here): set this one up as that was, or give another `fname`.")
+        there,here = _apart(*('none' if o.get(k) is None else str(o[k]) for o in (saved,own)))
+        raise ValueError(f"{name} is a checkpoint of another run ({k}: {there} there, {here} here): "
+                         "set this one up as that was, or give another `fname`.")
 
 def _check_memory(name, fm, o):
     "A ValueError, if the policy would not take this memory"
-    try: fm.load_policy(o['policy'], o['n_classes'], trial=True)
-    except (RuntimeError,ValueError) as e:
+    policy,n_classes = deepcopy(fm.policy),o['n_classes']
+    pool,labeler = getattr(fm.unlabeled_dl, 'dataset', None),get_model(fm.labeler)
+    try:
+        policy.load_state_dict(o['policy'], strict=n_classes is not None)
+        if n_classes is not None: policy.setup(n_classes, len_of(pool), labeler)
+    except Exception as e: # of many kinds: a policy may be anyone's
         raise ValueError(f"{name} holds another policy's memory: use the policy of that run, "
-                         f"or give another `fname`. {e}") from e
+                         f"or give another `fname`. {first_line(e)}") from e
+
+# %% ../nbs/08_checkpoint.ipynb #ed32e154
+def _require(fits, what):
+    if not fits: raise ValueError(what)
+
+def _is_whole(o, low=0, high=2**53): return type(o) is int and low <= o <= high
+
+def _is_number(o): return type(o) in (int,float)
+
+def _is_scalar(o): return o is None or _is_number(o) or isinstance(o, Tensor) and o.numel() == 1
+
+def _is_plain(o):
+    "Numbers, text and plain containers"
+    if isinstance(o, (list,tuple)): return all(map(_is_plain, o))
+    if isinstance(o, dict): return all(isinstance(k, str) and _is_plain(v) for k,v in o.items())
+    return o is None or isinstance(o, (bool,int,float,str))
+
+def _is_alike(saved, own):
+    "Is a value of the same kind as another? `None` is of any"
+    if saved is None or own is None: return _is_plain(saved) or isinstance(saved, Tensor)
+    if isinstance(own, Tensor): return not why_unfit(saved, own)
+    if isinstance(own, bool) or not isinstance(own, (int,float)): return isinstance(saved, type(own))
+    return _is_number(saved) and (math.isfinite(saved) or not math.isfinite(own))
+
+def _is_tensor(o, ndim=None, n=None, finite=True):
+    "Floats, with so many dimensions and as many entries in the last"
+    if not isinstance(o, Tensor) or o.layout != torch.strided or o.is_meta or not o.is_floating_point(): return False
+    if ndim not in (None,o.ndim) or n is not None and o.shape[-1] != n: return False
+    return not finite or bool(o.isfinite().all())
+
+# %% ../nbs/08_checkpoint.ipynb #88170f86
+def _check_heading(o):
+    for k in ('setting','order','fit','finished','rows','epoch','train_iter','model','opt','scaler','cbs','fixmatch',
+              'record','generators','random'): _require(k in o, f'{k} is missing')
+    for k in ('setting','kinds'): _require(isinstance(o.get(k, {}), dict) and _is_plain(o.get(k)), k)
+    _require(_is_plain(o['order']), 'order')
+    _require(_is_whole(o['fit']), 'fit')
+
+def _check_weights(net, saved):
+    own = {plain_name(k): v for k,v in net.state_dict().items()}
+    saved = {plain_name(k): v for k,v in saved.items()}
+    for k in {**own, **saved}:
+        _require(k in own and k in saved, f'weights {k}')
+        why = why_unfit(saved[k], own[k])
+        _require(not why, f'weights {k}: {why}')
+
+def _check_progress(learn, o):
+    _require(_is_whole(o['epoch'], 1, learn.n_epoch), 'epoch')
+    _require(_is_whole(o['train_iter'], 0, (len_of(learn.dls.train) or 2**31)*learn.n_epoch), 'train_iter')
+    _require(type(o['finished']) is bool, 'finished')
+    _require(isinstance(o['rows'], list) and all(isinstance(row, list) for row in o['rows']), 'rows')
+    _require(all(_is_scalar(v) or isinstance(v, str) for row in o['rows'] for v in row), 'rows')
+    scaler = o['scaler']
+    _require(isinstance(scaler, dict) and all(_is_number(v) and 0 <= v < math.inf for v in scaler.values()), 'scaler')
+    _require(scaler.get('scale', 1) > 0, 'scaler')
+
+# %% ../nbs/08_checkpoint.ipynb #b67e24c4
+def _check_opt_entry(p, entry):
+    _require(isinstance(entry, dict), 'state of the optimizer')
+    for k,v in entry.items():
+        fits = v is None and 'buffer' in str(k) or isinstance(v, (bool,int,float)) and math.isfinite(v)
+        if isinstance(v, Tensor): # of a weight, or of its rows or columns
+            averaged = 'avg' in k or 'buffer' in k or v.ndim > 0
+            own = p.new_zeros(p.shape if 'avg' in k or 'buffer' in k else v.shape) if averaged else v.new_zeros(())
+            fits = not v.is_complex() and not why_unfit(v, own) and torch.broadcast_shapes(v.shape, p.shape) == p.shape
+        _require(isinstance(k, str) and fits, f'{k} of the optimizer')
+
+def _check_opt(learn, o):
+    opt = learn.opt
+    params,sd,own = _params(opt),o['opt'],opt.state_dict()
+    _require(isinstance(sd, dict) and own.keys() <= sd.keys(), 'opt')
+    _require(_is_whole(o['frozen_idx'], 0, len(opt.param_lists)), 'frozen_idx')
+    _require(isinstance(o['grads'], list) and len(o['grads']) == len(params), 'grads')
+    for p,g in zip(params, o['grads']):
+        why = '' if g is None or g is False else why_unfit(g, p)
+        # under fp16 they may be infinite, and the step is left out then
+        _require(not why or why == 'not finite' and learn._grab_cbs(MixedPrecision), f'grads: {why}')
+    groups = 'hypers' if isinstance(opt, Optimizer) else 'param_groups'
+    _require(isinstance(sd[groups], list) and len(sd[groups]) == len(own[groups]), groups)
+    for saved,now in zip(sd[groups], own[groups]):
+        _require(isinstance(saved, dict), groups)
+        _require(all(isinstance(v, Tensor) or _is_plain(v) for v in saved.values()), groups)
+        if isinstance(opt, Optimizer): _require(saved.keys() == now.keys(), groups)
+        else: _require(saved.get('params') == now['params'], groups)
+        for k in saved.keys() & now.keys():
+            _require(_is_alike(saved[k], now[k]) and (saved[k] is not None or now[k] is None), f'{k} of the optimizer')
+    if isinstance(opt, Optimizer):
+        _require(isinstance(sd['state'], list) and len(sd['state']) == len(params), 'state of the optimizer')
+        for p,entry in zip(params, sd['state']): _check_opt_entry(p, entry)
+    else:
+        _require(isinstance(sd['state'], dict), 'state of the optimizer')
+        for i,entry in sd['state'].items():
+            _require(_is_whole(i, 0, len(params)-1), 'state of the optimizer')
+            _check_opt_entry(params[i], entry)
+    if 'slow_weights' in own: # fastai's Lookahead
+        _require(_is_whole(sd['count']), 'count of the optimizer')
+        slow = [w for group in sd['slow_weights'] or [] for w in group]
+        _require(not slow or len(slow) == len(params) and not any(map(why_unfit, slow, params)), 'slow_weights')
+
+# %% ../nbs/08_checkpoint.ipynb #205dda4f
+def _is_lists(o): return isinstance(o, dict) and _is_plain(o) and all(isinstance(v, list) for v in o.values())
+
+_kinds_of_kept = dict(best=lambda o: o is not None and _is_scalar(o),
+                      new_best=lambda o: type(o) is bool, wait=_is_whole, count=_is_whole,
+                      nb_batches=lambda o: isinstance(o, list) and all(map(_is_whole, o)),
+                      hps=_is_lists)
+
+def _check_cb(name, cb, saved):
+    if isinstance(cb, ModelEMA): return cb.check_state_dict(saved)
+    if not _has_state_dict(cb):
+        _require(isinstance(saved, dict), name)
+        for k,v in saved.items():
+            _require(k in _kinds_of_kept, f'{k} of {name}')
+            _require(k not in _kept_of(cb) or _kinds_of_kept[k](v), f'{k} of {name}')
+            _require(k != 'hps' or not isinstance(cb, ParamScheduler) or v.keys() == cb.scheds.keys(), f'{k} of {name}')
+        return
+    now = _plain(cb.state_dict())
+    if isinstance(now, dict):
+        _require(isinstance(saved, dict), name)
+        for k in saved.keys() & now.keys(): _require(_is_alike(saved[k], now[k]), f'{k} of {name}')
+    try: cb.load_state_dict(deepcopy(saved))
+    finally: cb.load_state_dict(now)
+
+def _check_cbs(learn, o):
+    _require(isinstance(o, dict), 'cbs')
+    for name,cb in _named_cbs(learn):
+        if _has_state_dict(cb): _require(name in o, f'{name} is missing')
+        if name in o: _check_cb(name, cb, o[name])
+
+# %% ../nbs/08_checkpoint.ipynb #9f2e1af7
+def _check_stream(learn, fm, o):
+    "A place that is too far takes days to reach"
+    n_u = o['steps'][:, SemiStep._fields.index('n_u')]
+    _require(bool((n_u.isfinite() & (n_u >= 0) & (n_u == n_u.round())).all()), 'steps')
+    if o['place'] is None or not len(n_u) or not n_u[-1] or not hasattr(fm.unlabeled_dl, 'start_at'): return
+    _require(isinstance(o['place'], (tuple,list)) and len(o['place']) == 2 and all(map(_is_whole, o['place'])), 'place')
+    pool,bs = fm.unlabeled_dl,batch_size_of(learn.dls.train) or 0
+    together = processes()[1]*max(batch_size_of(pool) or 0, (getattr(pool, 'mu', None) or 0)*bs)
+    most = (len_of(learn.dls.train) or 2**31)*learn.n_epoch + 1000 # batches; some may have been drawn to look at
+    _require(n_u[-1]*processes()[1] <= o['place'][1] <= most*together and n_u.max() <= together, 'place')
+
+def _check_fixmatch(learn, o):
+    for fm in learn._grab_cbs(FixMatch):
+        widest = max(n for v in get_model(learn.model).state_dict().values() for n in (*v.shape,1))
+        _require(o['n_classes'] is None or _is_whole(o['n_classes'], 1, widest), 'n_classes')
+        _require(isinstance(o['policy'], dict) and all(isinstance(v, Tensor) for v in o['policy'].values()), 'policy')
+        _require(_is_tensor(o['steps'], 2, len(SemiStep._fields), finite=False), 'steps')
+        _check_stream(learn, fm, o)
+        _require(isinstance(o['trouble'], dict) and all(isinstance(v, str) for v in o['trouble'].values()), 'trouble')
+        for n_steps,counts,thresholds in o.get('classes', []):
+            fits = _is_whole(n_steps, 1) and _is_tensor(counts, 2, o['n_classes']) and len(counts) == 2
+            _require(fits and (thresholds is None or _is_tensor(thresholds, finite=False)), 'classes')
+        said = o.get('said')
+        _require(said is None or _is_tensor(said, 2, o['n_classes']) and len(said) == 2, 'said')
+        _require(_is_whole(o.get('n_said', 0)), 'n_said')
+
+# %% ../nbs/08_checkpoint.ipynb #0b937fe0
+def _check_record(o):
+    numbers = lambda v: isinstance(v, list) and all(map(_is_scalar, v))
+    _require(numbers(o['lrs']) and numbers(o['iters']), 'lrs')
+    _require(o['losses'] == [] if isinstance(o['losses'], list) else _is_tensor(o['losses'], 1, finite=False), 'losses')
+    _require(isinstance(o['values'], list) and all(map(numbers, o['values'])), 'values')
+    smooth,count = o['smooth']
+    _require(_is_tensor(smooth, 0, finite=False) and _is_whole(count), 'smooth')
+
+def _check_random(learn, o):
+    "Each state is tried on a new generator"
+    own = _generators(learn.dls.train)
+    _require(isinstance(o['generators'], list) and len(o['generators']) == len(own), 'generators')
+    for generator,state in zip(own, o['generators']): _try_state(generator, state)
+    name,keys,position,*rest = o['random']['numpy']
+    _require(_is_whole(position, 0, 624), 'random') # numpy would read beyond
+    np.random.RandomState().set_state((name,np.array(keys, dtype=np.uint32),position,*rest))
+    _try_state(random, o['random']['python'])
+    for state in (o['random']['torch'],*o['random']['cuda']): _require(state.dtype == torch.uint8, 'random')
+    _try_state(torch.default_generator, o['random']['torch'])
+    if len(o['random']['cuda']) != torch.cuda.device_count(): return
+    for i,state in enumerate(o['random']['cuda']): torch.Generator(f'cuda:{i}').set_state(state)
+
+def _try_state(generator, state):
+    if generator is random or isinstance(generator, random.Random):
+        random.Random().setstate(state)
+        _require(state[2] is None or type(state[2]) is float, 'random')
+    else: torch.Generator(generator.device).set_state(state)
+
+# %% ../nbs/08_checkpoint.ipynb #5b47a1ad
+def _check_state(learn, o):
+    "Look at all that `_set_learner_state` will load"
+    _check_weights(get_model(learn.model), o['model'])
+    _check_progress(learn, o)
+    _check_opt(learn, o['opt'])
+    _check_cbs(learn, o['cbs'])
+    _require((o['fixmatch'] is None) == (not learn._grab_cbs(FixMatch)), 'fixmatch')
+    _check_fixmatch(learn, o['fixmatch'])
+    _check_record(o['record'])
+    _check_random(learn, o)
+
+def _checked(name, check, *args):
+    "Call `check`, which changes nothing; a ValueError in one sentence, whatever it stumbles over"
+    try: check(*args)
+    except Exception as e: # of all kinds
+        raise ValueError(f"{name} is damaged, or someone changed it ({truncstr(first_line(e), 100, suf='…')}): "
+                         "delete it to train from the start, or give another `fname`.") from e
 
 # %% ../nbs/08_checkpoint.ipynb #6f067dc2
 class AroundEpochs:
@@ -280,7 +581,7 @@ class SaveFixMatch(FitCallback):
         every:int=1,          # Epochs from one checkpoint to the next, 1 or more; the last is always written
         resume:bool=False     # Go on from the checkpoint, if there is one?
     ):
-        if not isinstance(every, int) or every < 1:
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise ValueError(f"`every` is a number of epochs, 1 or more, but got {every}.")
         store_attr()
 
@@ -300,6 +601,7 @@ def before_fit(self:SaveFixMatch):
     self._check_callbacks()
     self.file.parent.mkdir(parents=True, exist_ok=True)
     self._setting,self._order = _setting(self.learn),[_checksums(o)[1] for o in _loaders(self.learn)]
+    self._kinds = _kinds(self.learn)
     self._began,self._n_done,self._rows = False,0,[]
     self._checkpoint = self._find() if self.resume else None
     AroundEpochs.add(self)
@@ -327,12 +629,18 @@ def after_fit(self:SaveFixMatch):
 def _find(self:SaveFixMatch):
     "The checkpoint, if there is one, and it fits"
     found,name = _read(self.file),self.file.name
-    if found is None or found['fit'] < self._n_fits: return
+    if found is None: return
+    _checked(name, _check_heading, found)
+    if found['fit'] < self._n_fits: return
+    own = {**self._setting, **self._kinds}
+    saved = {**found['setting'], **found.get('kinds', self._kinds)} # earlier versions wrote none
     if found['fit'] > self._n_fits: # the model must fit; more will be asked when that fit begins
-        first = lambda setting: {k: v for k,v in setting.items() if k.startswith(('shape','classes'))}
-        _check_same(name, first(found['setting']), first(self._setting))
+        first = lambda setting: {k: v for k,v in setting.items() if k.startswith((*_of_network,'classes'))}
+        _check_same(name, first(saved), first(own))
+        _checked(name, _check_weights, get_model(self.learn.model), found['model'])
         return found
-    _check_same(name, found['setting'], self._setting)
+    _check_same(name, saved, own)
+    _checked(name, _check_state, self.learn, found)
     for fm in self.learn._grab_cbs(FixMatch): _check_memory(name, fm, found['fixmatch'])
     if found['order'] != self._order:
         warnings.warn(f"The images come in another order than in the run of {name}, so it goes on, but not as it would "
@@ -343,24 +651,28 @@ def _find(self:SaveFixMatch):
 def _learner_state(learn):
     "All of the learner that the next epoch depends on"
     fms,scaler = learn._grab_cbs(FixMatch),getattr(learn, 'scaler', None)
-    return dict(epoch=learn.epoch+1, train_iter=learn.train_iter, model=get_model(learn.model).state_dict(),
-                opt=_opt_state(learn.opt), scaler=scaler.state_dict() if scaler else {},
+    model = {plain_name(k): v for k,v in get_model(learn.model).state_dict().items()}
+    return dict(epoch=learn.epoch+1, train_iter=learn.train_iter, model=model, opt=_opt_state(learn.opt),
+                scaler=scaler.state_dict() if scaler else {},
                 cbs={name: _cb_state(cb) for name,cb in _named_cbs(learn)},
                 fixmatch=_fixmatch_state(fms[0]) if fms else None, record=_record_state(learn),
                 generators=[generator_state(o) for o in _generators(learn.dls.train)], random=_random_state())
+
+def _set_weights(net, saved): net.load_state_dict(renamed(saved, net.state_dict()))
 
 def _set_learner_state(learn, o):
     fms = learn._grab_cbs(FixMatch)
     for fm in fms:
         if not o['finished']: _start_stream(fm, o['fixmatch']) # first, as it may fail
-    get_model(learn.model).load_state_dict(o['model'])
+    _set_weights(get_model(learn.model), o['model'])
     _set_cbs_state(learn, o['cbs']) # ModelEMA knows better than the model which weights it has to hold
     for fm in fms:
         _set_fixmatch_state(fm, o['fixmatch']) # its policy is set up for the teacher's network, which is a new one now
         fm.checked = fm.unlabeled_dl # a preflight would draw random numbers
     _set_opt_state(learn.opt, o['opt'])
     scaler = getattr(learn, 'scaler', None)
-    if scaler and o['scaler'] and scaler.state_dict(): scaler.load_state_dict(o['scaler'])
+    if scaler and o['scaler'] and (own := scaler.state_dict()):
+        scaler.load_state_dict({k: o['scaler'].get(k, v) for k,v in own.items()})
     _set_record_state(learn, o['record'])
     learn.train_iter = o['train_iter']
     for generator,state in zip(_generators(learn.dls.train), o['generators']): set_generator_state(generator, state)
@@ -391,7 +703,8 @@ def _save(self:SaveFixMatch,
     finished:bool # Is nothing left to train?
 ):
     if rank_distrib(): return
-    state = _plain(dict(format=_format, version=__version__, setting=self._setting, order=self._order,
+    state = _plain(dict(format=_format, version=__version__,
+                        setting=self._setting, kinds=self._kinds, order=self._order,
                         fit=self._n_fits, finished=finished, rows=self._rows, **_learner_state(self.learn)))
     try:
         with replacing(self.file) as tmp: torch.save(state, tmp)
@@ -411,7 +724,7 @@ def _begin(self:SaveFixMatch):
     mbar = getattr(getattr(learn, 'progress', None), 'mbar', None)
     if mbar: mbar.update(0) # one that starts elsewhere knows no time
     if found['fit'] > self._n_fits:
-        get_model(learn.model).load_state_dict(found['model'])
+        _set_weights(get_model(learn.model), found['model'])
         self._n_done = learn.n_epoch
         status = 'of a later fit, whose weights are loaded; nothing is left to train in this one'
     else:

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SemiBatch', 'PseudoLabels', 'Memory', 'Unseen', 'only_logits', 'finite_rows', 'masked', 'Policy', 'check_range',
-           'check_above_0', 'FixedThreshold', 'UDA', 'alone', 'sum_rows', 'mean_rows', 'follow', 'all_rows',
-           'FlexMatch', 'FreeMatch', 'DistributionAlignment', 'SoftMatch', 'AdaMatch', 'Dash', 'AlignedLabels',
-           'DebiasMatch', 'Combined', 'MultiLabelThreshold']
+           'check_count', 'check_above_0', 'FixedThreshold', 'UDA', 'alone', 'sum_rows', 'mean_rows', 'follow',
+           'all_rows', 'FlexMatch', 'FreeMatch', 'DistributionAlignment', 'SoftMatch', 'AdaMatch', 'Dash',
+           'AlignedLabels', 'DebiasMatch', 'Combined', 'MultiLabelThreshold']
 
 # %% ../nbs/02_policy.ipynb #766b678c
 from contextlib import contextmanager
-from math import inf
+from copy import deepcopy
+from math import inf, isfinite
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -55,6 +57,12 @@ class Memory(nn.Module):
         self._made,self._loaded = True,frozenset()
 
     def _check_loaded(self, buffers):
+        for name in self._loaded & buffers.keys():
+            v,start = getattr(self, name),buffers[name]
+            bad = v.shape == start.shape and (~v.isfinite() & start.isfinite().to(v.device)).any()
+            if v.dtype == start.dtype and not bad: continue
+            raise ValueError(f"The loaded memory of {type(self).__name__} can't be one, "
+                             f"as its `{name}` holds {'what is no finite number' if bad else v.dtype}.")
         had = {k: tuple(getattr(self, k).shape) for k in sorted(self._loaded)}
         needed = {k: tuple(v.shape) for k,v in buffers.items()}
         if had == needed: return
@@ -165,16 +173,23 @@ class Policy(Memory):
     def __or__(self, other): return Combined(self, other, '|')
 
 # %% ../nbs/02_policy.ipynb #2a562c22
+def _is_number(v): return isinstance(v, Real) and not isinstance(v, bool) and isfinite(v)
+
 def check_range(name, v, low, high=inf):
-    "`v`, or a ValueError that names it, unless it is a number from `low` to `high`"
-    if isinstance(v, (int,float)) and low <= v <= high: return v
+    "`v`, or a ValueError that names it, unless it is a finite number from `low` to `high`"
+    if _is_number(v) and low <= v <= high: return v
     allowed = f"{low} or more" if high == inf else f"between {low} and {high}"
-    raise ValueError(f"`{name}` must be {allowed}, but got {v}.")
+    raise ValueError(f"`{name}` must be {allowed}, but got {v!r}.")
+
+def check_count(name, v, low):
+    "`v`, or a ValueError that names it, unless it is a whole number, `low` or more"
+    if isinstance(check_range(name, v, low), Integral): return v
+    raise ValueError(f"`{name}` must be a whole number, {low} or more, but got {v!r}.")
 
 def check_above_0(name, v):
-    "`v`, or a ValueError that names it, unless it is a number above 0"
-    if isinstance(v, (int,float)) and v > 0: return v
-    raise ValueError(f"`{name}` must be above 0, but got {v}.")
+    "`v`, or a ValueError that names it, unless it is a finite number above 0"
+    if _is_number(v) and v > 0: return v
+    raise ValueError(f"`{name}` must be above 0, but got {v!r}.")
 
 # %% ../nbs/02_policy.ipynb #9fc6dbd3
 class FixedThreshold(Policy):
@@ -270,9 +285,12 @@ class FlexMatch(Policy):
             raise ValueError("FlexMatch keeps a note on each unlabelled image, so it must know how many there are: "
                              "give the loader a `dataset` that has a length, "
                              "or make it with `dls.unlabeled_dl(files)`.")
+        loaded = bool(self._loaded)
         # the class that each image was last learned as, or `n_classes`; one more entry takes what is not noted
         self.remember(last=torch.full((n_unlabeled+1,), n_classes), counts=torch.tensor([0]*n_classes + [n_unlabeled]))
         self.register_buffer('row', torch.zeros(n_unlabeled+1, dtype=torch.long), persistent=False)
+        if loaded and not self.last[:-1].bincount(minlength=n_classes+1).equal(self.counts):
+            raise ValueError("The loaded memory of FlexMatch can't be one: its counts are not those of its notes.")
 
     def forward(self, batch):
         if batch.idxs is None:
@@ -300,6 +318,18 @@ class FlexMatch(Policy):
         self.last[idxs] = torch.where(learned.bool(), k, len(self.counts)-1)
 
     def extra_repr(self): return f'threshold={self.threshold}'
+
+# %% ../nbs/02_policy.ipynb #4babadf8
+def _without_notes(self): # for pickles and exports: they are of one pool, and as many as its images
+    kept = {k: v for k,v in self._buffers.items() if k not in ('last','counts','row')}
+    return {**vars(self), '_buffers': kept, '_made': False, '_loaded': frozenset()}
+
+def _with_notes(self, memo): # for `deepcopy`
+    other = memo[id(self)] = type(self).__new__(type(self))
+    other.__setstate__(deepcopy(vars(self), memo))
+    return other
+
+FlexMatch.__getstate__,FlexMatch.__deepcopy__ = _without_notes,_with_notes
 
 # %% ../nbs/02_policy.ipynb #f7ed6824
 def _sum_norm(p, hist, known):
@@ -448,7 +478,7 @@ class Dash(Policy):
         T:float=0.5          # Temperature of the soft targets, above 0
     ):
         super().__init__()
-        self.warmup,self.every = check_range('warmup', warmup, 0),check_range('every', every, 1)
+        self.warmup,self.every = check_count('warmup', warmup, 0),check_count('every', every, 1)
         self.gamma,self.C = check_range('gamma', gamma, 1),check_above_0('C', C)
         self.rho_min,self.T = check_range('rho_min', rho_min, 0),check_above_0('T', T)
 
@@ -514,6 +544,7 @@ class DebiasMatch(Policy):
     ):
         super().__init__()
         self.threshold,self.decay = check_range('threshold', threshold, 0, 1),check_range('decay', decay, 0, 1)
+        if not isinstance(margin, bool): raise ValueError(f"`margin` must be True or False, but got {margin!r}.")
         self.strength,self.margin = check_range('strength', strength, 0),margin
         self.register_buffer('bias', None, persistent=False) # of the batch that was judged last, (C,)
 
@@ -578,12 +609,13 @@ class Combined(Policy):
 # %% ../nbs/02_policy.ipynb #07138ed2
 def _as_thresholds(name, v):
     "`v`, a number or one for each class, as float64 () or (C,)"
-    try: t = torch.as_tensor(v, dtype=torch.float64)
-    except (TypeError,ValueError,RuntimeError): t = None
-    if t is None or t.ndim > 1 or t.numel() == 0 or not ((0 <= t) & (t <= 1)).all():
+    try: t = torch.as_tensor(v)
+    except (TypeError,ValueError,RuntimeError): t = torch.zeros(0)
+    numbers = t.dtype != torch.bool and not t.is_complex() and t.ndim <= 1 and t.numel() > 0
+    if not numbers or not ((0 <= t) & (t <= 1)).all():
         raise ValueError(f"`{name}` must be a number between 0 and 1, or one for each class in a sequence, "
                          f"but got {v}.")
-    return t.cpu()
+    return torch.as_tensor(v, dtype=torch.float64).cpu()
 
 # %% ../nbs/02_policy.ipynb #0b7be3ff
 class MultiLabelThreshold(Policy):

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/08a_weights.ipynb #01b6cd7a
 import json
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from fastcore.xtras import truncstr
 from safetensors.torch import load, save_file
 
 from . import __version__
-from .core import replacing
+from .core import replacing, unwrap_dl
+from .ema import plain_name, renamed, why_unfit
 
 # %% ../nbs/08a_weights.ipynb #05d931b2
 def _tied_names(state):
@@ -46,8 +48,8 @@ def save_weights(self:Learner,
     file,vocab = _weights_file(self, file),_vocab(self)
     if rank_distrib(): return file
     text = {'format': 'pt', 'fixmatch_fastai': __version__}
-    if vocab is not None: text['vocab'] = _json(vocab)
-    state = get_model(self.model).state_dict()
+    if vocab: text['vocab'] = _json(vocab)
+    state = {plain_name(k): v for k,v in get_model(self.model).state_dict().items()}
     plain = lambda v: v.detach().cpu().as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
     with replacing(file) as tmp: save_file({name: plain(state[name]) for name,*_ in _tied_names(state)}, tmp, text)
     return file
@@ -63,8 +65,14 @@ def _read_weights(file)->tuple: # Tensors by name, text by name
         raise ValueError(f"The file {file.name} can't be read as safetensors, it is damaged or something else: "
                          "get or save it again, with `learn.save_weights`.") from e
 
-def _check_classes(file, saved, own):
-    if not saved or not own or saved == own: return
+def _check_classes(file, text, own):
+    if 'vocab' not in text: return
+    try: saved = json.loads(text['vocab'])
+    except (ValueError,RecursionError): saved = None
+    if not saved or not isinstance(saved, list) or not all(isinstance(o, str) for o in saved):
+        raise ValueError(f"The names of the classes in {file.name} are empty or damaged: "
+                         "get or save it again, with `learn.save_weights`, or use `strict=False`.")
+    if not own or saved == own: return
     saved,own = (truncstr(str(o), 60, suf='…') for o in (saved,own))
     raise ValueError(f"The weights in {file.name} tell other classes apart, {saved}, and not {own}: "
                      "use the same DataLoaders, or `strict=False`.")
@@ -73,10 +81,19 @@ def _check_architecture(file, saved, own, strict):
     "Both are tensors by name; not `strict`: those that only one of them has don't matter"
     differ = {name for name in saved.keys() & own.keys() if saved[name].shape != own[name].shape}
     if strict: differ |= saved.keys() ^ own.keys()
-    if not differ: return
+    if not differ and (strict or saved.keys() & own.keys()): return
+    if not differ:
+        raise ValueError(f"No weight in {file.name} has the name of one of the model's: "
+                         "make the learner with a network that shares a part with that one.")
     first = next(name for name in {**own, **saved} if name in differ)
     raise ValueError(f"The weights in {file.name} are another architecture's ({len(differ)} differ, such as {first}): "
                      "make the learner with the same network.")
+
+def _check_numbers(file, saved, own):
+    for name in saved.keys() & own.keys():
+        if why := why_unfit(saved[name], own[name]):
+            raise ValueError(f"The weights in {file.name} can't be a network's ({name}: {why}): "
+                             "get or save it again, with `learn.save_weights`.")
 
 # %% ../nbs/08a_weights.ipynb #f49365ae
 @patch
@@ -88,10 +105,24 @@ def load_weights(self:Learner,
     distrib_barrier()
     file,net = _weights_file(self, file),get_model(self.model)
     found,text = _read_weights(file)
-    if strict: _check_classes(file, json.loads(text.get('vocab', 'null')), _vocab(self))
-    own = net.state_dict()
+    if strict: _check_classes(file, text, _vocab(self))
+    own = {plain_name(k): v for k,v in net.state_dict().items()}
     tied = {name: names for names in _tied_names(own) for name in names}
-    saved = {name: v for k,v in found.items() for name in tied.get(k, [k])}
+    saved = {name: v for k,v in found.items() for name in tied.get(plain_name(k), [plain_name(k)])}
     _check_architecture(file, saved, own, strict)
-    net.load_state_dict(saved, strict=strict)
+    _check_numbers(file, saved, own)
+    net.load_state_dict(renamed(saved, net.state_dict()), strict=strict)
     return self
+
+# %% ../nbs/08a_weights.ipynb #61045ecf
+_export = getattr(Learner.export, '__wrapped__', Learner.export) # fastai's, also where this module is loaded twice
+
+@wraps(_export)
+def _export_checked(self, *args, **kwargs):
+    loaders = map(unwrap_dl, getattr(self.dls, 'loaders', ()))
+    if all(hasattr(o, 'new') and hasattr(getattr(o, 'dataset', None), 'new_empty') for o in loaders):
+        return _export(self, *args, **kwargs)
+    raise TypeError("`export` needs fastai's DataLoaders, which leave their items out, and this learner has others: "
+                    "use `learn.save_weights`, and `load_weights` in a learner with the same network.")
+
+Learner.export = _export_checked

@@ -18,15 +18,18 @@ import pytest
 import torch
 from conftest import no_bn, quiet_fit
 from fastai.vision.all import (
+    Adam,
     Callback,
     CategoryBlock,
     ColReader,
     ConvLayer,
+    CrossEntropyLossFlat,
     CSVLogger,
     DataBlock,
     DataLoaders,
     EarlyStoppingCallback,
     GradientAccumulation,
+    GradientClip,
     ImageBlock,
     IndexSplitter,
     Learner,
@@ -47,6 +50,7 @@ from fastai.vision.all import (
 )
 
 from fixmatch_fastai.all import (
+    AdaMatch,
     FixedThreshold,
     FixMatch,
     FixMatchTransform,
@@ -67,6 +71,7 @@ from fixmatch_fastai.uncertainty import FeatureDensity, MCDropout
 
 same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 N_STEPS, N_EPOCHS = 3, 4
+WEAK = weak_augment(flip=False)
 
 
 def groups(model):
@@ -108,6 +113,8 @@ def build(
     split=0,
     reverse=False,
     fixmatch=None,
+    strong=strong,
+    weak=WEAK,
     **kwargs,
 ):
     "A learner with all that draws random numbers: weak views of labelled images, strong views, dropout"
@@ -119,10 +126,10 @@ def build(
         blocks=(ImageBlock(PILImageBW), CategoryBlock(vocab=vocab, sort=vocab is None)),
         get_y=parent_label,
         splitter=IndexSplitter(range(n_labeled, n_labeled + len(valid))),
-        item_tfms=WeakTransform(weak_augment(flip=False)),
+        item_tfms=WeakTransform(weak),
     )
     dls = block.dataloaders(labeled + valid, bs=4, val_bs=10, num_workers=num_workers).repeat_train(n_batches)
-    loader = dls.unlabeled_dl(pool, mu=2, tfm=FixMatchTransform(weak=weak_augment(flip=False), strong=strong))
+    loader = dls.unlabeled_dl(pool, mu=2, tfm=FixMatchTransform(weak=WEAK, strong=strong))
     fm = FixMatch(loader, policy=policy or FlexMatch(0.5), lambda_u=lambda_u, **(fixmatch or {}))
     return Learner(dls, net(), **{'metrics': accuracy, 'path': path, 'cbs': [fm, *cbs], **kwargs})
 
@@ -743,10 +750,10 @@ class Own(Policy):
 
     def __init__(self, size):
         super().__init__()
-        self.size = size
+        self._size = size
 
     def setup(self, n_classes, n_unlabeled, model):
-        self.remember(mean=torch.zeros(self.size))
+        self.remember(mean=torch.zeros(self._size))
 
     def forward(self, batch):
         return PseudoLabels(batch.probs.argmax(1), batch.probs.max(1).values)
@@ -778,7 +785,32 @@ def longer_net():
     return nn.Sequential(*drop_net(), nn.ReLU(), nn.Linear(10, 10))
 
 
+def other_net(i, layer):
+    "`drop_net` with another layer in place of one; all shapes are the same"
+
+    def make():
+        net = drop_net()
+        (net[0] if i == 'act' else net)[2 if i == 'act' else i] = layer
+        return net
+
+    return make
+
+
+def other_strong(img):
+    return img
+
+
 SETTINGS = {
+    r"forward: \['joint'\] there, \['split'\] here": (dict(fixmatch=dict(forward='split')), two_epochs),
+    r'kind of 0\.2: ReLU\(inplace=False\) there, GELU.* here': (dict(net=other_net('act', nn.GELU())), two_epochs),
+    r'kind of 3: Dropout\(p=0\.3.* there, Dropout\(p=0\.5': (dict(net=other_net(3, nn.Dropout(0.5))), two_epochs),
+    'loss: .*label_smoothing=0.* there': (dict(loss_func=CrossEntropyLossFlat(label_smoothing=0.1)), two_epochs),
+    'loss: .* here': (dict(loss_func=CrossEntropyLossFlat(weight=torch.arange(1.0, 11))), two_epochs),
+    'unlabelled images go through: .*': (dict(strong=other_strong), two_epochs),
+    'labelled images go through: .*': (dict(weak=weak_augment(flip=False, shift=0.25)), two_epochs),
+    r"callbacks that train: \[\] there, \['GradientClip\(max_norm=1": (dict(cbs=[GradientClip(1.0)]), two_epochs),
+    r"callbacks that train: \[\] there, \['MixUp\(\) 0.4'\] here": (dict(cbs=[MixUp(0.4)]), two_epochs),
+    'eps of the optimizer': (dict(opt_func=partial(Adam, eps=1e-3)), two_epochs),
     'epochs: 2 there, 4 here': ({}, one_cycle),
     'steps in an epoch: 3 there, 5 here': (dict(n_batches=5), two_epochs),
     'unlabelled images: 60 there, 70 here': (dict(n_pool=70), two_epochs),
@@ -818,6 +850,229 @@ def test_checkpoint_of_another_run(tmp_path, checkpoint_file, match):
     (tmp_path / 'models').mkdir(exist_ok=True)
     shutil.copy(checkpoint_file, tmp_path / 'models')
     refused(learn, match, fit)
+
+
+def test_checkpoint_of_an_earlier_version(tmp_path, checkpoint_file):
+    "That says nothing of kinds"
+    learn = build(tmp_path, net=other_net('act', nn.GELU()))
+    (tmp_path / 'models').mkdir()
+    found = torch.load(checkpoint_file, weights_only=True)
+    assert found.pop('kinds')['kind of 0.2'] == 'ReLU(inplace=False)'
+    torch.save(found, tmp_path / 'models/a.pth')
+    two_epochs(learn, cbs=SaveFixMatch('a', resume=True))
+    assert len(learn.recorder.values) == 2
+
+
+def test_policy_of_other_settings_that_it_does_not_print(tmp_path):
+    one_cycle(build(tmp_path, policy=AdaMatch(decay=0.9)), 1, cbs=SaveFixMatch('a'))
+    learn = build(tmp_path, policy=AdaMatch(decay=0.8))
+    with pytest.raises(ValueError, match='policy, in full: .*decay=0.9'):
+        one_cycle(learn, 1, cbs=SaveFixMatch('a', resume=True))
+
+
+def test_callbacks_that_look_on_may_come_and_go(tmp_path, checkpoint_file):
+    (tmp_path / 'models').mkdir()
+    shutil.copy(checkpoint_file, tmp_path / 'models')
+    learn = build(tmp_path, cbs=[CSVLogger(tmp_path / 'log.csv'), TerminateOnNaNCallback()])
+    two_epochs(learn, cbs=SaveFixMatch('a', resume=True))
+
+
+# ---- files that someone changed ----
+
+
+class Fit:
+    "Resumes, and is stopped in the first step: what the file made of the learner is all there is"
+
+    def __init__(self, folder):
+        self.learn, self.folder = build(folder, cbs=[ModelEMA(half_life=3), Counter(), GradientAccumulation(4)]), folder
+        with pytest.raises(KeyboardInterrupt):
+            self(SaveFixMatch('good'), at=N_STEPS + 1)
+        self.good = torch.load(folder / 'models/good.pth', weights_only=True)
+
+    def __call__(self, cb, at=0):
+        one_cycle(self.learn, 2, cbs=[cb, ReduceLROnPlateau(), Interrupt(at)])
+
+    def refusal(self, state):
+        "The sentence that refuses it, and leaves all as it was; `None` where it was loaded"
+        torch.save(state, self.folder / 'models/bad.pth')
+        before = {**snapshot(self.learn), 'random': [torch.get_rng_state(), random.getstate()[1][-1]]}
+        attributes = {cb.name: {*vars(cb)} for cb in self.learn.cbs}
+        try:
+            self(SaveFixMatch('bad', resume=True))
+        except KeyboardInterrupt:
+            return None
+        except ValueError as e:
+            sentence = str(e).split('\n\t')[-1]
+            assert '\n' not in sentence and sentence.startswith(('bad.pth ', 'The file bad.pth '))
+            after = {**snapshot(self.learn), 'random': [torch.get_rng_state(), random.getstate()[1][-1]]}
+            same(after, before)
+            assert {cb.name: {*vars(cb)} for cb in self.learn.cbs} == attributes
+            return sentence
+
+
+@pytest.fixture(scope='module')
+def crafted(tmp_path_factory):
+    return Fit(tmp_path_factory.mktemp('crafted'))
+
+
+def leaves(o, path=()):
+    "All values of a checkpoint that hold no others, by the way to them"
+    pairs = o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, (list, tuple)) else None
+    if pairs is None or not o:
+        yield path
+    else:
+        for k, v in pairs:
+            yield from leaves(v, (*path, k))
+
+
+def changed(o, path, change):
+    "A copy of `o` with one value changed"
+    if not path:
+        return change(o)
+    key, *rest = path
+    assert key in o if isinstance(o, dict) else key < len(o)
+    if isinstance(o, dict):
+        return {k: changed(v, rest, change) if k == key else v for k, v in o.items()}
+    return type(o)(changed(v, rest, change) if k == key else v for k, v in enumerate(o))
+
+
+def without(o, path):
+    key = path[-1]
+    return changed(o, path[:-1], lambda d: {k: v for k, v in d.items() if k != key})
+
+
+FAR = 10**15
+CRAFTED = {  # where, and what is put there
+    ('epoch',): ['x', -3, 0, 3, 1.5, None, True, FAR],
+    ('train_iter',): ['x', -1, FAR, None],
+    ('finished',): ['x', 1, None],
+    ('fit',): ['x', -1, None],
+    ('rows',): ['x', None, [3], [[{}]]],
+    ('setting',): [None, 3, {3: 4}, {'a': torch.ones(2)}],
+    ('order',): [torch.ones(2), {3: 4}],
+    ('model', '4.weight'): [None, 'x', torch.full((10, 128), float('nan')), torch.ones(10, 128).long(), torch.ones(3)],
+    ('model',): [None, {}, {'4.weight': torch.ones(10, 128)}],
+    ('opt',): [None, {}, 3],
+    ('opt', 'frozen_idx'): ['x', -1, FAR],
+    ('opt', 'grads'): [None, [], [3]],
+    ('opt', 'opt', 'hypers'): [None, [], [{}], [{'lr': 'x'}]],
+    ('opt', 'opt', 'hypers', 0, 'lr'): ['x', float('nan'), float('inf'), True, [1]],
+    ('opt', 'opt', 'state', 0): [None, {'sqr_avg': torch.ones(3)}, {'step': 'x'}, {'grad_avg': torch.ones(1) / 0}],
+    ('scaler',): [None, {'scale': 'x'}, {'scale': -1.0}, {'scale': float('inf')}, {'scale': 0.0}],
+    ('cbs',): [None, {}],
+    ('cbs', 'model_ema'): [None, {'average': {}}, {'average': {}, 'raw': {}, 'steps': 3}],
+    ('cbs', 'model_ema', 'steps'): ['x', -1, True, 2.0, 2**60],
+    ('cbs', 'model_ema', 'raw', '4.bias'): [None, torch.ones(10) / 0, torch.ones(3)],
+    ('cbs', 'counter'): [None, {}, {'n': 'x'}, 3],
+    ('cbs', 'save_fix_match'): [{'fname': '../../x'}, {'learn': 3}, {'run': False}, {'order': 3}, 3],
+    ('cbs', 'recorder'): [{'_log': 3}, {'__class__': 3}, {'learn': None}],
+    ('cbs', 'gradient_accumulation'): [{'n_acc': 3}, {'count': 'x'}, {'count': -1}, {'count': True}],
+    ('cbs', 'param_scheduler', 'hps'): [None, {}, {'lr': 3, 'mom': 3}],
+    ('cbs', 'reduce_lr_on_plateau', 'best'): ['x', None, [1], {}],
+    ('fixmatch',): [None, 3, {}],
+    ('fixmatch', 'place'): [3, 'x', (1,), (1, FAR), (1, -8), ('x', 8), (2**70, 8), (1, 8.0)],
+    ('fixmatch', 'n_classes'): ['x', -1, 0, FAR, 2.0],
+    ('fixmatch', 'policy'): [None, 3, {}, {'last': 3}],
+    ('fixmatch', 'policy', 'last'): [
+        torch.full((61,), 99),
+        torch.full((61,), -1),
+        torch.ones(61),
+        torch.ones(3).long(),
+    ],
+    ('fixmatch', 'steps'): [None, torch.ones(3), torch.full((3, 9), -1.0).double(), torch.full((3, 9), 1e15).double()],
+    ('fixmatch', 'trouble'): [3, {'one_class': 3}],
+    ('fixmatch', 'classes'): [3, [3], [(1, 2, 3)], [(1, torch.ones(2, 3), None)]],
+    ('record',): [None, {}],
+    ('record', 'losses'): ['x', [3], torch.ones(2, 2), torch.ones(2).long()],
+    ('record', 'values'): ['x', [3], [['x']]],
+    ('record', 'smooth'): [None, (1, 2), (torch.ones(()), 'x')],
+    ('generators',): [None, [], [3]],
+    ('random', 'python'): [None, 3, (3, (1, 2), None)],
+    ('random', 'numpy'): [None, ('x', [1], 0, 0, 0.0), ('MT19937', [1] * 624, FAR, 0, 0.0)],
+    ('random', 'torch'): [None, torch.ones(3), torch.ones(5056)],
+    ('random', 'cuda'): [3, ['x']],
+}
+
+
+@pytest.mark.parametrize('path', CRAFTED, ids=lambda o: '.'.join(map(str, o)))
+def test_crafted_checkpoints_are_refused(crafted, path):
+    "In one sentence, before anything is loaded: after each the learner is bit for bit as it was"
+    for v in CRAFTED[path]:
+        assert crafted.refusal(changed(crafted.good, path, lambda old, v=v: v)), v
+
+
+def test_a_missing_part_is_refused(crafted):
+    inner = [
+        ('opt', 'opt'),
+        ('opt', 'grads'),
+        ('fixmatch', 'policy'),
+        ('record', 'lrs'),
+        ('random', 'numpy'),
+        ('model', '4.bias'),
+    ]
+    optional = {'version', 'kinds'}
+    for path in [*((k,) for k in crafted.good if k not in optional), *inner]:
+        assert crafted.refusal(without(crafted.good, path)), path
+    assert 'opt is missing' in crafted.refusal(without(crafted.good, ('opt',)))
+
+
+def other_value(v, rng):
+    if isinstance(v, torch.Tensor):
+        changes = [torch.full_like(v, 7), v.double() / 0, v.bool(), v[None], v.flatten()[:0], v + 1j, None, 'x']
+        return rng.choice(changes)
+    return rng.choice(['x', -3, FAR, float('nan'), float('inf'), None, True, [], {}, torch.ones(2), 1.5])
+
+
+def test_any_value_may_be_changed(crafted):
+    "To something else at random: one sentence and the learner as before, or it is loaded and trains a step"
+    rng = random.Random(0)
+    ways = [o for o in leaves(crafted.good) if not {'setting', 'kinds', 'numpy', 'python', 'generators'} & {*o}]
+    loaded = 0
+    for path in rng.sample(ways, 60):
+        loaded += crafted.refusal(changed(crafted.good, path, lambda v: other_value(v, rng))) is None
+    assert loaded < 20
+
+
+def test_nothing_is_written_elsewhere(tmp_path):
+    "A file that names another for `SaveFixMatch`, as it was once possible"
+    folder = tmp_path / 'run'
+    one_cycle(build(folder), 1, cbs=SaveFixMatch('a'))
+    state = saved(folder)
+    state['cbs']['save_fix_match'] = {'fname': '../../x'}
+    torch.save(state, folder / 'models/a.pth')
+    with pytest.raises(ValueError, match=r'a\.pth is damaged, or someone changed it \(fname of save_fix_match\)'):
+        one_cycle(build(folder), 1, cbs=SaveFixMatch('a', resume=True))
+    assert [o.name for o in tmp_path.iterdir()] == ['run']
+
+
+# ---- compiled networks ----
+
+
+def compiled(net=drop_net):
+    return torch.compile(net(), backend='eager')
+
+
+def partly_compiled():
+    net = drop_net()
+    net[0] = torch.compile(net[0], backend='eager')
+    return net
+
+
+NETS = dict(plain=drop_net, whole=compiled, part=partly_compiled)
+
+
+@pytest.mark.parametrize('there, here', [('plain', 'whole'), ('whole', 'plain'), ('part', 'whole'), ('plain', 'part')])
+def test_checkpoints_of_compiled_networks(tmp_path, there, here):
+    "Go on in any other, with the average too"
+    two_epochs(build(tmp_path, net=NETS[there], cbs=[ModelEMA(half_life=3)]), cbs=SaveFixMatch('a'))
+    assert not [k for k in saved(tmp_path)['model'] if '_orig_mod' in k]
+    learn = build(tmp_path, seed=3, net=NETS[here], cbs=[ModelEMA(half_life=3)])
+    two_epochs(learn, cbs=SaveFixMatch('a', resume=True))
+    same([*learn.model.state_dict().values()], [*saved(tmp_path)['model'].values()])
+    assert learn.model_ema.averaged and learn.model_ema.steps == 2 * N_STEPS
+
+
+# ---- frozen layers, policies, images ----
 
 
 def test_frozen_layers(tmp_path):
@@ -1070,8 +1325,11 @@ def test_scale_of_half_precision(tmp_path):
     one_cycle(learn, cbs=[Half(1.0), SaveFixMatch('a', resume=True)])
     assert learn.scaler.scale == 512.0
     learn = build(tmp_path)
-    learn.to_fp16()  # without CUDA it has no scale
-    one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
+    learn.to_fp16()
+    with pytest.raises(ValueError, match=r"callbacks that train: \[\] there, \['MixedPrecision"):
+        one_cycle(learn, cbs=SaveFixMatch('a', resume=True))
+    cut_off(one_cycle, build(tmp_path).to_fp16(), [SaveFixMatch('b')])  # without CUDA it has no scale
+    one_cycle(build(tmp_path).to_fp16(), cbs=SaveFixMatch('b', resume=True))
 
 
 class FirstStep(nn.Module):
@@ -1137,7 +1395,7 @@ def test_start_epoch_alone(tmp_path):
     assert not (tmp_path / 'models/a.pth').exists()
 
 
-@pytest.mark.parametrize('every', [0, -1, 1.5, None])
+@pytest.mark.parametrize('every', [0, -1, 1.5, None, True, '2'])
 def test_every_is_checked(every):
     with pytest.raises(ValueError, match='`every` is a number of epochs'):
         SaveFixMatch(every=every)
@@ -1183,6 +1441,20 @@ def test_learner_exported_by_an_earlier_version(file):
     assert isinstance(learn.model_ema, ModelEMA)
     assert {n: v.tolist() for n, v in learn.fix_match.policy.state_dict().items()} == expected['memory']
     assert file.stat().st_size < 100_000
+
+
+def test_an_export_is_as_large_whatever_the_pool(tmp_path):
+    "`FlexMatch` notes a class for each image: a run that goes on needs them, an export does not"
+    sizes = []
+    for n_pool in (60, 600):
+        learn = build(tmp_path, n_pool=n_pool)
+        one_cycle(learn, 1)
+        learn.export()
+        assert len(learn.fix_match.policy.last) == n_pool + 1
+        sizes.append((tmp_path / 'export.pkl').stat().st_size)
+    assert abs(sizes[1] - sizes[0]) < 600
+    loaded = load_learner(tmp_path / 'export.pkl')
+    assert loaded.fix_match.policy.state_dict() == {} and loaded.fix_match.policy.threshold == 0.5
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 "What a configuration says: values, files, the command line, and what follows from what"
 
 import dataclasses
+import math
 import re
 import subprocess
 import sys
@@ -79,6 +80,21 @@ MISTAKES = {
     'track=mlflow,wandbb': 'track wandbb is not known: did you mean wandb',
     'track=none,mlflow': 'track is none, or some of',
     'device=gpu': 'device gpu is not there: use cpu',
+    'optimizer.lr=inf': 'optimizer.lr must be a finite number, but is inf',
+    'lambda_u=.nan': 'lambda_u must be a finite number',
+    'optimizer.lr=true': "optimizer.lr can't have this value: Value 'True'",
+    'seed=10000000000000000000': 'seed must be 0 or more and below 2**63',
+    'bs=???': "bs can't have this value: `${...}` is not replaced here, nor is `???`",
+    'name=${oc.env:HOME}': "name can't have this value: `${...}` is not replaced",
+    'policy_args.a.b=${oc.env:HOME}': "policy_args.a.b can't have this value: `${...}` is not replaced",
+    'name=../../x': "name must be that of one folder in `out`, but is '../../x'",
+    'name=..': 'name must be that of one folder',
+    'name=/x': 'name must be that of one folder',
+    'policy_args.threshold=.inf': 'policy_args.threshold must be a finite number',
+    'policy_args.threshold=true': 'policy_args.threshold must be a finite number, but is True',
+    "policy_args.threshold='0.9'": "policy_args.threshold must be a finite number, but is '0.9'",
+    'policy=mutual_info policy_args.n_passes=2.5': 'policy_args.n_passes must be a whole number',
+    'policy=debiasmatch policy_args.margin=1': 'policy_args.margin must be true or false',
 }
 
 
@@ -109,6 +125,44 @@ def test_file_and_settings(tmp_path):
     for o in (c, resolved(c)):
         file.write_text(config_yaml(o))
         assert read_config(file=file) == o
+
+
+WRONG = {
+    int: (True, 2.5, '3', math.nan),
+    float: (True, '0.5', math.inf, -math.inf, math.nan),
+    bool: (1, 'yes'),
+    str: (3,),
+}
+
+
+@pytest.mark.parametrize('name', flat_values(ExperimentConfig()))
+def test_values_of_another_kind_are_refused_in_python(name):
+    "Where OmegaConf does not look; a value that may be left out too"
+    group, _, key = f'.{name}'.rpartition('.')
+    for kind, values in WRONG.items():
+        config = ExperimentConfig()
+        owner = getattr(config, group[1:]) if group else config
+        annotated = str(type(owner).__annotations__[key])
+        if kind.__name__ not in annotated.replace('dict[str', ''):
+            continue
+        for v in values:
+            setattr(owner, key, v)
+            with pytest.raises(CommandError, match=rf'^{re.escape(name)} must be '):
+                resolved(config)
+
+
+def test_groups_and_texts_in_python():
+    for bad in (dict(optimizer={'lr': 0.1}), dict(policy_args=None), dict(name='${oc.env:HOME}'), dict(data='a\0')):
+        with pytest.raises(CommandError, match='|'.join(bad)):
+            resolved(ExperimentConfig(**bad))
+
+
+def test_a_secret_stays_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv('SECRET', 'hunter2')
+    (tmp_path / 'a.yaml').write_text('name: ok\npolicy_args:\n  note: ["${oc.env:SECRET}"]\n')
+    sentence = mistake(file=tmp_path / 'a.yaml')
+    assert 'policy_args.note.0' in sentence and 'hunter2' not in sentence
+    assert 'hunter2' not in config_yaml(ExperimentConfig(name='${oc.env:SECRET}'))
 
 
 def test_mistakes_in_a_file(tmp_path):

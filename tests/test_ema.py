@@ -707,6 +707,40 @@ def test_state_of_another_network(tmp_path):
     assert same(other.model.parameters(), start) and other.model_ema.ema is None
 
 
+STATES = {
+    'no state': lambda sd: 3,
+    'a part is missing': lambda sd: {k: sd[k] for k in ('average', 'steps')},
+    'more than a state': lambda sd: {**sd, 'learn': 3},
+    'steps below 0': lambda sd: {**sd, 'steps': -1},
+    'steps as text': lambda sd: {**sd, 'steps': '3'},
+    'raw is no state': lambda sd: {**sd, 'raw': 3},
+    'NaN': lambda sd: {**sd, 'raw': {k: v / 0 for k, v in sd['raw'].items()}},
+    'integers': lambda sd: {**sd, 'average': {k: v.long() for k, v in sd['average'].items()}},
+    'a weight is missing': lambda sd: {**sd, 'raw': dict([*sd['raw'].items()][1:])},
+}
+
+
+@pytest.mark.parametrize('change', STATES.values(), ids=STATES)
+def test_states_that_can_not_be_one(tmp_path, change):
+    "Are refused whole: average, raw weights and steps are as before"
+    learn = learner(tmp_path, no_bn)
+    quiet_fit(learn, 1)
+    held, sd = params(learn.model), learn.model_ema.state_dict()
+    with pytest.raises(ValueError, match='state of a ModelEMA|average is another model'):
+        learn.model_ema.load_state_dict(change(sd))
+    assert same(learn.model.parameters(), held) and learn.model_ema.steps == sd['steps']
+    assert same(learn.model_ema.state_dict()['raw'].values(), sd['raw'].values())
+
+
+@pytest.mark.parametrize('name', ['decay', 'half_life'])
+@pytest.mark.parametrize('v', [True, '3', [3], float('inf'), float('nan'), -1])
+def test_rates_of_another_kind(name, v):
+    with pytest.raises(ValueError, match=f'`{name}` must be'):
+        ModelEMA(**{name: v})
+    with pytest.raises(ValueError, match='`half_life` must be'):
+        ModelEMA(half_life=1e30)  # of which the decay is 1
+
+
 def test_state_before_training(tmp_path):
     learn = learner(tmp_path)
     assert learn.model_ema.state_dict() == {} and learn.model_ema.steps == 0 and not learn.model_ema.averaged

@@ -3,19 +3,24 @@
 import json
 import os
 import pickle
+import random
 import struct
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from conftest import quiet_fit
 from fastai.vision.all import ConvLayer, CrossEntropyLossFlat, DataLoaders, Learner, nn, set_seed
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fixmatch_fastai import __version__
 from fixmatch_fastai.all import ModelEMA
+from fixmatch_fastai.cli.weights import load_body
+from fixmatch_fastai.console import CommandError
 
 same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
@@ -190,3 +195,146 @@ def test_only_the_first_process_writes_weights(tmp_path, monkeypatch):
     monkeypatch.setenv('RANK', '1')
     file = build(tmp_path).save_weights('w')
     assert file == tmp_path / 'models/w.safetensors' and not file.exists()
+
+
+def not_finite(value):
+    def change(v):
+        v = v.clone()
+        v.view(-1)[-1] = value
+        return v
+
+    return change
+
+
+NUMBERS = {
+    'NaN': (not_finite(float('nan')), 'not finite'),
+    'inf': (not_finite(float('inf')), 'not finite'),
+    'too large for float32': (lambda v: v.double() + 1e300, 'not finite'),
+    'integers': (lambda v: v.long(), 'int64, not float32'),
+    'bool': (lambda v: v.bool(), 'bool, not float32'),
+    'complex': (lambda v: v + 1j, 'complex64, not float32'),
+}
+
+
+@pytest.mark.parametrize('change, why', NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize('strict', [True, False])
+def test_weights_that_can_not_be_a_networks(tmp_path, change, why, strict):
+    learn = build(tmp_path)
+    file = learn.save_weights('w')
+    tensors = load_file(file)
+    save_file({**tensors, '3.weight': change(tensors['3.weight'])}, file)
+    before = weights(learn)
+    with pytest.raises(ValueError, match=rf"The weights in w\.safetensors can't be .*3\.weight: {why}"):
+        learn.load_weights('w', strict=strict)
+    same(weights(learn), before)
+
+
+def test_weights_of_another_precision(tmp_path):
+    learn = build(tmp_path)
+    file = learn.save_weights('w')
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}, file)
+    before = weights(learn)
+    build(tmp_path, seed=3).load_weights('w').model.load_state_dict(before)
+    same(weights(learn.load_weights('w')), before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('vocab', ['', '[]', 'null', '{', '"0123456789"', '[1, 2]', '{"a": 1}', '[' * 100_000])
+def test_names_of_classes_that_are_empty_or_damaged(tmp_path, vocab):
+    learn, other = build(tmp_path), build(tmp_path, seed=3)
+    file, before = learn.save_weights('w'), weights(other)
+    save_file(load_file(file), file, {'format': 'pt', 'vocab': vocab})
+    with pytest.raises(ValueError, match=r'names of the classes in w\.safetensors are empty or damaged'):
+        other.load_weights('w')
+    same(weights(other), before)
+    same(weights(other.load_weights('w', strict=False)), weights(learn))
+
+
+def test_a_learner_without_classes(tmp_path):
+    "Saves none, and loads what it saved"
+    learn = build(tmp_path, vocab='')
+    learn.load_weights(learn.save_weights('w'))
+
+
+def test_no_weight_in_common(tmp_path):
+    build(tmp_path).save_weights('w')
+    other = build(tmp_path, net=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    with pytest.raises(ValueError, match=r'No weight in w\.safetensors has the name'):
+        other.load_weights('w', strict=False)
+
+
+def test_bytes_that_were_changed(tmp_path):
+    "Each is refused in one sentence, or it gives finite weights; the learner is never half loaded"
+    learn, other = build(tmp_path), build(tmp_path, seed=3)
+    file = learn.save_weights('w')
+    good, before, rng = file.read_bytes(), weights(other), random.Random(0)
+    refused = 0
+    for _ in range(80):
+        data = bytearray(good)
+        for _ in range(rng.choice([1, 1, 4])):
+            data[rng.choice([rng.randrange(len(data)), rng.randrange(8 + 700)])] = rng.randrange(256)
+        file.write_bytes(data)
+        try:
+            other.load_weights('w')
+        except ValueError as e:
+            refused += 1
+            assert '\n' not in str(e) and 'w.safetensors' in str(e)
+            same(weights(other), before)
+        assert all(v.isfinite().all() for v in weights(other).values())
+        other.model.load_state_dict(before)
+    assert refused > 20
+
+
+def compile_whole(learn):
+    learn.model = torch.compile(learn.model, backend='eager')
+
+
+def compile_part(learn):
+    learn.model[0] = torch.compile(learn.model[0], backend='eager')
+
+
+@pytest.mark.parametrize('there', [None, compile_whole, compile_part])
+@pytest.mark.parametrize('here', [None, compile_whole, compile_part])
+@pytest.mark.parametrize('strict', [True, False])
+def test_weights_of_compiled_networks(tmp_path, there, here, strict):
+    "The file has the names of the plain network, and is loaded into any"
+    a, b = build(tmp_path), build(tmp_path, seed=3)
+    plain = weights(a)
+    for learn, wrap in ((a, there), (b, here)):
+        if wrap:
+            wrap(learn)
+    file = a.save_weights('w')
+    assert load_file(file).keys() == plain.keys()
+    save_file({f'_orig_mod.{k}': v for k, v in load_file(file).items()}, tmp_path / 'models/of_torch.safetensors')
+    for name in ('w', 'of_torch'):
+        b.model.load_state_dict({k: v * 0 for k, v in b.model.state_dict().items()})
+        b.load_weights(name, strict=strict)
+        same([*weights(b).values()], [*plain.values()])
+
+
+def test_export_on_loaders_that_are_not_fastais(tmp_path):
+    learn = build(tmp_path)
+    images = torch.utils.data.TensorDataset(torch.randn(4, 1, 8, 8), torch.arange(4))
+    torch_dl = torch.utils.data.DataLoader(images, batch_size=2)
+    for dls in (learn.dls, DataLoaders(torch_dl, torch_dl)):
+        learn.dls = dls
+        with pytest.raises(TypeError, match='`export` needs .* use `learn.save_weights`, and `load_weights` in'):
+            learn.export()
+    assert not (tmp_path / 'export.pkl').exists()
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', '_orig_mod.module.'])
+def test_weights_for_a_body(tmp_path, prefix):
+    "Of the command line: of a wrapped network too; NaN is refused, and nothing is loaded"
+    name, file = 'test_resnet', tmp_path / 'a.pth'
+    torch.manual_seed(0)
+    body, good = SimpleNamespace(model=timm.create_model(name)), timm.create_model(name).state_dict()
+    body.state_dict = body.model.state_dict
+    start = {k: v.clone() for k, v in body.state_dict().items()}
+    bad = {**good, [*good][-1]: good[[*good][-1]] * float('nan')}
+    torch.save({'state_dict': {prefix + k: v for k, v in bad.items()}}, file)
+    with pytest.raises(CommandError, match="can't be a network's .*not finite"):
+        load_body(body, name, file)
+    same(dict(body.state_dict()), start)
+    torch.save({'state_dict': {prefix + k: v for k, v in good.items()}}, file)
+    load_body(body, name, file)
+    same(dict(body.state_dict()), dict(good))

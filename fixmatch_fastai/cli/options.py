@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..console import CommandError, unknown_name
+from ..experiment.config import check_kind, check_kinds
 
 # %% ../../nbs/cli/00_options.ipynb #0850a099
 recipes = dict(finetune=dict(policy='aligned', bs=8, mu=4, epochs=3),
@@ -32,10 +33,14 @@ def recipe_named(name, pretrained, forward):
     return name
 
 # %% ../../nbs/cli/00_options.ipynb #8431a5c7
+def _option(name): return f"--{name.replace('_','-')}"
+
 def check_at_least(low, **values):
     "Refuse a value below `low`; `None` is one that was left out"
     for k,v in values.items():
-        if v is not None and v < low: raise CommandError(f"--{k.replace('_','-')} must be {low} or more, but is {v}.")
+        if v is None: continue
+        check_kind(_option(k), v, int)
+        if v < low: raise CommandError(f"{_option(k)} must be {low} or more, but is {v}.")
 
 def check_folders(option, folders, holds='a folder of images for each class'):
     "Refuse what is no folder"
@@ -82,6 +87,7 @@ class Options:
     def __post_init__(self):
         self.labeled,self.unlabeled = Path(self.labeled),as_paths(self.unlabeled)
         self.valid,self.weights = (o and Path(o) for o in (self.valid,self.weights))
+        check_kinds(self, _option)
         self._check()
         self.recipe = recipe_named(self.recipe, self.pretrained, self.forward)
         for k in ('policy','bs','mu'):

@@ -12,6 +12,7 @@ from fastai.torch_basics import Tensor
 from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import create_body, model_meta
 from ..console import CommandError
+from ..ema import plain_name, why_unfit
 from safetensors.torch import load
 
 # %% ../../nbs/cli/02_weights.ipynb #b709cd21
@@ -26,7 +27,8 @@ def read_weights(file):
                            f"it is damaged or something else: {wanted}") from e
     if isinstance(found, dict):
         for k in ('state_dict','model'): found = found[k] if isinstance(found.get(k), dict) else found
-        found = {k.removeprefix('module.'): v for k,v in found.items() if isinstance(v, Tensor)}
+        tensors = {str(k): v for k,v in found.items() if isinstance(v, Tensor)}
+        found = {plain_name(k).removeprefix('module.'): v for k,v in tensors.items()}
     if isinstance(found, dict) and found: return found
     raise CommandError(f"--weights {file} holds no weights by name: {wanted}")
 
@@ -53,6 +55,9 @@ def load_body(
         raise CommandError(f"--weights {file} does not fit --arch {name} ({len(wrong)} tensors are missing, unknown "
                            f"or of another shape, such as {wrong[0]}): give weights of this network, "
                            "or the --arch that they are of.")
+    for k in own.keys() & found.keys():
+        if why := why_unfit(found[k], own[k]):
+            raise CommandError(f"--weights {file} can't be a network's ({k}: {why}): get or save the file again.")
     for k in own.keys() & found.keys(): own[k].copy_(found[k])
 
 def image_stats(arch):

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['named_datasets', 'OptimizerConfig', 'ScheduleConfig', 'EMAConfig', 'ViewsConfig', 'ExperimentConfig', 'flat_values',
-           'in_words', 'help_table', 'read_config', 'config_yaml', 'trackers', 'resolved']
+           'in_words', 'help_table', 'read_config', 'config_yaml', 'check_kind', 'check_kinds', 'trackers', 'resolved']
 
 # %% ../../nbs/experiment/00_config.ipynb #7c586baa
-import difflib,importlib.util,os,shutil,textwrap
+import difflib,importlib.util,math,os,shutil,textwrap
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_origin
 
 from ..console import CommandError, unknown_name
 
@@ -157,10 +159,24 @@ def _refused(e, values):
     return f"{name} can't have this value: {_first_line(e)}."
 
 # %% ../../nbs/experiment/00_config.ipynb #74f27732
+def _texts(o, name=''):
+    "All text in a value, with its dotted name"
+    if isinstance(o, str): yield name,o
+    pairs = o.items() if isinstance(o, dict) else enumerate(o) if isinstance(o, (list,tuple)) else ()
+    for k,v in pairs: yield from _texts(v, f'{name}.{k}' if name else str(k))
+
+def _check_texts(values, where=''):
+    "Refuse what OmegaConf would replace, as by a secret of the environment"
+    for name,text in _texts(values):
+        if '${' not in text and text != '???' and '\0' not in text: continue
+        raise CommandError(f"{where}{name} can't have this value: `${{...}}` is not replaced here, nor is `???`: "
+                           "write the value itself.")
+
 def _merged(conf, given, where=''):
     "`conf` with what is `given`; a `CommandError` where that does not fit"
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    _check_texts(OmegaConf.to_container(given), where)
     try:
         conf = OmegaConf.merge(conf, given)
         OmegaConf.to_object(conf)
@@ -205,12 +221,45 @@ def config_yaml(
     from omegaconf import OmegaConf
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
+# %% ../../nbs/experiment/00_config.ipynb #f63dfea6
+_kinds = {bool: 'true or false', int: 'a whole number', float: 'a finite number', str: 'text', list: 'a list',
+          Path: 'a path', dict: 'names and values'}
+
+def _is_kind(v, kind):
+    if kind not in (int,float): return isinstance(v, kind)
+    number = isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v)
+    return number and (kind is float or isinstance(v, Integral))
+
+def check_kind(
+    name, # Of the value, as the sentence spells it
+    v,
+    *kinds # Classes, such as `int`
+):
+    "A `CommandError`, unless `v` is of one of these kinds; numbers must be finite, and `True` is none"
+    if any(_is_kind(v, o) for o in kinds): return
+    words = ' or '.join(_kinds.get(o, f'a group of values, {o.__name__}') for o in kinds)
+    raise CommandError(f"{name} must be {words}, but is {v!r:.60}.")
+
+def check_kinds(
+    config,    # A dataclass of values and of such groups
+    spell=str, # How a sentence spells a dotted name
+    prefix=''  # Of the names in a group
+):
+    "A `CommandError`, unless each value is of the kind that its annotation says"
+    for f in fields(config):
+        name,v = prefix+f.name,getattr(config, f.name)
+        kinds = f.type.__args__ if isinstance(f.type, UnionType) else (get_origin(f.type) or f.type,)
+        if v is None and (f.default is None or NoneType in kinds): continue
+        check_kind(spell(name), v, *[o for o in kinds if o is not NoneType])
+        if is_dataclass(v): check_kinds(v, spell, f'{name}.')
+
 # %% ../../nbs/experiment/00_config.ipynb #e7db61e7
 _choices = {'optimizer.name': ('nesterov','adam'), 'schedule.name': ('part_cos','one_cycle'),
             'views.strong': ('google','paper','timm'), 'precision': ('fp32','fp16','bf16'),
             'forward': ('joint','split','selective')}
 _ranges = {'1 or more': (lambda v: v >= 1, 'n_labels steps eval_every bs mu seeds log_every'),
-           '0 or more': (lambda v: v >= 0, 'lambda_u seed workers optimizer.wd'),
+           '0 or more': (lambda v: v >= 0, 'lambda_u workers optimizer.wd'),
+           '0 or more and below 2**63': (lambda v: 0 <= v < 2**63, 'seed'),
            '8 or more': (lambda v: v >= 8, 'size'),
            'above 0': (lambda v: v > 0, 'optimizer.lr'),
            'above 0 and below 1': (lambda v: 0 < v < 1, 'optimizer.mom schedule.part'),
@@ -224,6 +273,9 @@ def _check_values(values):
         for k in names.split():
             if values[k] is not None and not fits(values[k]):
                 raise CommandError(f"{k} must be {words}, but is {values[k]}.")
+    name = values['name']
+    if name is not None and (name in ('','.','..') or Path(name).name != name):
+        raise CommandError(f"name must be that of one folder in `out`, but is {name!r}: use `out` for a path.")
 
 # %% ../../nbs/experiment/00_config.ipynb #68976e00
 _trackers = ('mlflow','tensorboard','wandb')
@@ -290,6 +342,8 @@ def resolved(
 )->ExperimentConfig: # A new one
     "A configuration in which nothing is left open; a `CommandError` where a value is impossible"
     from fixmatch_fastai.experiment.policies import make_policy
+    check_kinds(config)
+    _check_texts(flat_values(config))
     _check_values(flat_values(config))
     trackers(config)
     _check_device(config.device, config.precision)

@@ -9,6 +9,7 @@ __all__ = ['named_policies', 'all_policies', 'make_policy']
 import difflib,inspect
 
 from ..console import CommandError, unknown_name
+from .config import check_kind
 from ..policy import (UDA, AdaMatch, AlignedLabels, Dash, DebiasMatch, FixedThreshold, FlexMatch,
                                     FreeMatch, SoftMatch)
 from ..uncertainty import FeatureDensity, MCDropout, ScoreThreshold, entropy, mutual_info
@@ -35,10 +36,11 @@ def make_policy(
     "A policy by its name; a `CommandError` where name, arguments or their values are not known"
     args,make = args or {},(lambda: None) if name == 'supervised' else all_policies.get(name)
     if make is None: raise unknown_name('policy', name, ['supervised',*all_policies])
-    known = [*inspect.signature(make).parameters]
+    known = inspect.signature(make).parameters
     for k in [o for o in args if o not in known]:
         near = difflib.get_close_matches(k, known, 1)
         advice = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known) or 'none'}."
         raise CommandError(f"policy_args.{k} is no argument of {name}: {advice}")
+    for k,v in args.items(): check_kind(f'policy_args.{k}', v, type(known[k].default))
     try: return make(**args)
     except (ValueError,TypeError) as e: raise CommandError(f"policy_args: {e}") from e
