@@ -625,6 +625,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fixmatch_fastai.console.warnings_as_notes': ( 'console.html#warnings_as_notes',
                                                                                         'fixmatch_fastai/console.py')},
             'fixmatch_fastai.core': { 'fixmatch_fastai.core._map_text': ('core.html#_map_text', 'fixmatch_fastai/core.py'),
+                                      'fixmatch_fastai.core._quote': ('core.html#_quote', 'fixmatch_fastai/core.py'),
+                                      'fixmatch_fastai.core._unquote': ('core.html#_unquote', 'fixmatch_fastai/core.py'),
                                       'fixmatch_fastai.core.as_series': ('core.html#as_series', 'fixmatch_fastai/core.py'),
                                       'fixmatch_fastai.core.batch_size_of': ('core.html#batch_size_of', 'fixmatch_fastai/core.py'),
                                       'fixmatch_fastai.core.describe': ('core.html#describe', 'fixmatch_fastai/core.py'),
