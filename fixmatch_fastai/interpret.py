@@ -532,9 +532,26 @@ def _all_features(items, net, bs, num_workers):
     if not features: raise ValueError("None of the images can be opened: check the files.")
     return torch.cat(features).numpy(),torch.cat(idxs).numpy(),errors
 
-def _from_neighbours(f, center): # the 20 nearest, and itself
+_n_nearest,_n_compared = 21,4096 # with itself; images of a group that are compared with all others of it
+
+def _likely_typical(f):
+    """Numbers of the `_n_compared` images that seem to be nearest to their neighbours: in 8 dimensions a tree finds
+    neighbours quickly, and the distance to these is at least that to the nearest ones"""
+    from sklearn.decomposition import PCA
+    from sklearn.neighbors import KDTree
+    rng = np.random.default_rng(0)
+    low = PCA(min(8, f.shape[1]), svd_solver='randomized', random_state=0).fit_transform(f)
+    low = low + rng.normal(scale=1e-6*low.std() + 1e-12, size=low.shape) # a tree can't part images that are the same
+    nearest = KDTree(low).query(low, _n_nearest, return_distance=False)
+    distances = [np.linalg.norm(f[rows]-f[i], axis=1).mean() for i,rows in enumerate(nearest)]
+    return np.sort(np.argsort(distances, kind='stable')[:_n_compared])
+
+def _from_neighbours(f, center):
+    "Mean distance to the 20 nearest; infinite for those of a large group that others seem to be nearer to"
     from sklearn.neighbors import NearestNeighbors
-    return NearestNeighbors(n_neighbors=min(21, len(f))).fit(f).kneighbors(f)[0].mean(1)
+    found,rows = np.full(len(f), np.inf),np.arange(len(f)) if len(f) <= 2*_n_compared else _likely_typical(f)
+    found[rows] = NearestNeighbors(n_neighbors=min(_n_nearest, len(f))).fit(f).kneighbors(f[rows])[0].mean(1)
+    return found
 
 def select_to_label(
     items,              # Image files (or arrays, PIL images), none of them labelled
