@@ -532,7 +532,7 @@ def _all_features(items, net, bs, num_workers):
     if not features: raise ValueError("None of the images can be opened: check the files.")
     return torch.cat(features).numpy(),torch.cat(idxs).numpy(),errors
 
-_n_nearest,_n_compared = 21,4096 # with itself; images of a group that are compared with all others of it
+_n_nearest,_n_compared = 21,2048 # with itself; images of a group that are compared with all others of it
 
 def _likely_typical(f):
     """Numbers of the `_n_compared` images that seem to be nearest to their neighbours: in 8 dimensions a tree finds

@@ -392,6 +392,14 @@ class MixedImages(GetAttr):
         return x,present_classes(y, self.labeled.vocab) if y.dtype == torch.bool else category
 
 # %% ../../nbs/self_training/02_table.ipynb #c44565a1
+class _Files:
+    "Paths of files, made of their names as they are needed: a path kept takes 300 bytes"
+    def __init__(self, names): self.names = names # a column
+    def __len__(self): return len(self.names)
+    def __iter__(self): return map(Path, self.names)
+    def __getitem__(self, i): return Path(self.names.iloc[i])
+    def __array__(self, *args, **kwargs): return np.array([*self], dtype=object) # so fastai makes no list of it
+
 def _named_images(table, items):
     "Images that the rows of a table name"
     if hasattr(items, 'iloc'): return items.loc[list(table.file)]
@@ -401,6 +409,7 @@ def _named_images(table, items):
     if numbers and not 0 <= min(numbers) <= max(numbers) < len(items):
         raise ValueError(f"The table names image {max(numbers)}, but `items` has {len(items)}: "
                          "give those that `pseudo_label` was given.")
+    if not numbers: return _Files(table.file)
     return [items[o] if not isinstance(o, (str,Path)) else Path(o) for o in table.file]
 
 def rows_to_train_on(
@@ -412,8 +421,11 @@ def rows_to_train_on(
     "Rows of `table`, and their images, that are not validated on and, where `labeled`, not labelled already"
     ds,images = dls.valid.dataset,_named_images(table, items)
     known = image_identities(ds) | (image_identities(dls.train.dataset) if labeled else set())
-    idxs = [i for i in range(len(table)) if image_identity(ds, item_at(images, i)) not in known]
-    return table.iloc[idxs],images.iloc[idxs] if hasattr(images, 'iloc') else [images[i] for i in idxs]
+    new = (image_identity(ds, o) not in known for o in rows_of(images))
+    idxs = np.flatnonzero(np.fromiter(new, bool, len(table)))
+    table = table.iloc[idxs]
+    if isinstance(images, _Files): return table,_Files(table.file)
+    return table,images.iloc[idxs] if hasattr(images, 'iloc') else [images[i] for i in idxs]
 
 # %% ../../nbs/self_training/02_table.ipynb #94763b60
 def _targets(table, vocab, labeled):
@@ -461,7 +473,8 @@ def with_pseudo_labels(
     bs:int=None,
     items=None           # What `pseudo_label` was given, where the table has numbers and no files
 )->DataLoaders: # Targets are (B, C) in training where the table has probabilities
-    "`dls` whose training images are the labelled ones and those of the table"
+    """`dls` whose training images are the labelled ones and those of the table; of each of these it keeps its name in
+    the table and 8 bytes, or 4 for each class"""
     _check_table(table)
     check_mixing(dls, mu, strong)
     check_count('bs', bs)
