@@ -128,7 +128,7 @@ def _map_text(df, func):
     return df
 
 # A spreadsheet takes text that begins like this for a formula. An apostrophe before it keeps it text (OWASP, "CSV
-# injection"); a name that begins with apostrophes and then like this gets one more, so that one can always be taken off.
+# injection"). A name that has apostrophes there already gets one more, so that one can always be taken off.
 _formula = re.compile(r"'*(?:[\t\n]|\s*[=+\-@＝＋－＠])")
 
 def _quote(text): return f"'{text}" if _formula.match(text) else text

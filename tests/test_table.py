@@ -531,6 +531,21 @@ def test_labelled_images_keep_their_labels(teacher, pool):
         with_pseudo_labels(teacher.dls, table, bs=0)
 
 
+@pytest.mark.parametrize('soft', [False, True])
+def test_bytes_for_each_row_of_a_table(teacher, pool, soft):
+    "Names stay in their column: a path for each would take 300 bytes"
+    n, names = 5000, [f'/pool/images/{i:08d}.png' for i in range(5000)]
+    table = pseudo_label(teacher, pool[:1], soft=soft).iloc[[0] * n].assign(file=names)
+    gc.collect()
+    tracemalloc.start()
+    dls = with_pseudo_labels(teacher.dls, table)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    dls.train_ds.pool.tls[0].tfms.fs = []
+    assert dls.train_ds.pool[n - 1] == (Path(names[-1]),)
+    assert kept < 60 * n and peak < 120 * n, f'{kept / n:.0f} and {peak / n:.0f} bytes a row'
+
+
 def test_noise_is_for_training_images_alone(teacher, pool):
     seen = []
 

@@ -238,16 +238,15 @@ def _check_same(c):
         raise CommandError(f"{folder} holds a run with another {k} ({theirs} there, {ours} here): "
                            "give another name, or delete it.")
 
-_in_result = ('data','n_labels','policy','network','steps','seed','accuracy','raw_accuracy','median_20','n_test')
-
 def _read_result(file):
     "What a run came to; `None` where it is not finished, or the file is damaged"
     try: row = json.loads(file.read_text(encoding='utf-8'))
     except (FileNotFoundError,ValueError): return None
-    if not isinstance(row, dict) or not {*_in_result} <= {*row}: return None
-    shares = row['accuracy'],row['raw_accuracy'],row['median_20'] or 0
-    numbers = all(isinstance(o, (int,float)) for o in (*shares, *(row[k] for k in ('n_labels','steps','seed','n_test'))))
-    return row if numbers and all(0 <= o <= 1 or math.isnan(o) for o in shares) else None
+    if not isinstance(row, dict) or not {'data','policy','network','median_20'} <= {*row}: return None
+    shares = row.get('accuracy'),row.get('raw_accuracy'),row['median_20'] or 0
+    numbers = *shares,*map(row.get, ('n_labels','steps','seed','n_test'))
+    if not all(isinstance(o, (int,float)) for o in numbers): return None
+    return row if all(0 <= o <= 1 or math.isnan(o) for o in shares) else None
 
 def is_finished(c): return _read_result(run_folder(c)/'result.json') is not None
 
@@ -260,7 +259,8 @@ def run(
     _check_same(c)
     file = run_folder(c)/'result.json'
     if row := _read_result(file): return row
-    if file.exists(): print(f'{file} is damaged, so it is made anew, from the checkpoint where there is one.', flush=True)
+    if file.exists():
+        print(f'{file} is damaged, so it is made anew, from the checkpoint where there is one.', flush=True)
     return Run(c, images).fit().save()
 
 # %% ../../nbs/experiment/06_run.ipynb #0d324771

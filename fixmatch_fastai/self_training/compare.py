@@ -70,7 +70,8 @@ class SupervisedTwin:
     @property
     def runs(self)->pd.DataFrame: # `n_labels`, `seed`, `method`, `accuracy` (0 to 1), `steps` (probe: 0), `seconds`
         "A row for each run"
-        return pd.DataFrame([{k: v for k,v in o.items() if k not in ('right','curve','start','fingerprint')} for o in self.rows])
+        hidden = 'right','curve','start','fingerprint'
+        return pd.DataFrame([{k: v for k,v in o.items() if k not in hidden} for o in self.rows])
 
     def _find_run(self, n_labels, seed, method):
         "One run, or `None`"
@@ -331,8 +332,8 @@ def _check_same(self:SupervisedTwin, arms, file):
         same = arms.fingerprint(learn, arms.callback(learn, **known) if semi else None) == row['fingerprint']
         paired = all(self._find_run(n_labels, seed, o) for o in self.arms) # else training compares the weights
         if same and (start == row['start'] or not paired): continue
-        raise ValueError(f"{file} holds runs of another comparison: with seed {seed}, {method} had another network, other "
-                         "images or other settings than now. Give another `out`.")
+        raise ValueError(f"{file} holds runs of another comparison: with seed {seed}, {method} had another network, "
+                         "other images or other settings than now. Give another `out`.")
 
 # %% ../../nbs/self_training/04_compare.ipynb #5eba8a4a
 def _check_comparison(make_learner, seeds, n_labels, method, name):
