@@ -191,6 +191,7 @@ def test_a_damaged_file_of_runs_is_refused_and_kept(tmp_path, text):
         compare_supervised(pytest.fail, None, out=tmp_path, progress=False)
 
 
+@pytest.mark.slow
 def test_runs_of_another_comparison_are_not_gone_on_with(arms, tmp_path):
     "Other labelled, validation or unlabelled images, another network or method; the same one goes on"
     make_learner, pool = arms
