@@ -13,7 +13,6 @@ nowhere.
 """
 
 import argparse
-import csv
 import platform
 import statistics
 import sys
@@ -28,6 +27,7 @@ import fastai
 import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
+from runs import add_run
 
 from fixmatch_fastai.console import CommandError
 from fixmatch_fastai.experiment.config import EMAConfig, ExperimentConfig, ViewsConfig, resolved
@@ -82,11 +82,7 @@ class Report(Callback):
             f'pseudo_acc {row["pseudo_acc"]:.3f}',
             flush=True,
         )
-        with self.file.open('a', newline='', encoding='utf-8') as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            if f.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        add_run(self.file, COLUMNS, row)
 
 
 def config(args, steps, eval_every):

@@ -16,7 +16,6 @@ photos.md and photos.png are written.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import os
@@ -60,6 +59,7 @@ from fastai.vision.all import (  # noqa: E402
     vision_learner,
 )
 from PIL import Image  # noqa: E402
+from runs import add_run, read_runs  # noqa: E402
 
 from fixmatch_fastai.all import (  # noqa: E402
     AlignedLabels,
@@ -387,19 +387,8 @@ def key(images, labels, arm, seed, steps, options):
 
 
 def done_before(file):
-    if not file.exists():
-        return set()
-    with file.open(newline='', encoding='utf-8') as f:
-        columns = 'images', 'labels', 'arm', 'seed', 'steps', 'options'
-        return {key(*(o[c] for c in columns)) for o in csv.DictReader(f)}
-
-
-def append(file, row):
-    with file.open('a', newline='', encoding='utf-8') as f:
-        writer = csv.DictWriter(f, COLUMNS)
-        if f.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
+    columns = ['images', 'labels', 'arm', 'seed', 'steps', 'options']
+    return {key(*o) for o in read_runs(file, COLUMNS)[columns].itertuples(index=False)}
 
 
 def todo(args):
@@ -591,7 +580,7 @@ def main(argv=None):
     left = [o for o in todo(args) if key_of(*o) not in done]
     print(f'{len(left)} runs to do, {len(done)} done before', flush=True)
     for n, row in enumerate(results(args, left, start), 1):
-        append(file, row)
+        add_run(file, COLUMNS, row)
         which = '{images} {labels} {arm} {options} seed {seed}'.format(**row)
         print(f'{n}/{len(left)} {which}: {100 * row["accuracy"]:.1f} % in {row["seconds"]:.0f} s', flush=True)
     if not args.search:

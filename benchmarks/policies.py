@@ -4,7 +4,6 @@ Every run is a line in policies.csv, so that an interrupted benchmark goes on wh
 """
 
 import argparse
-import csv
 import os
 import platform
 import time
@@ -18,6 +17,7 @@ import pandas as pd
 import torch
 from fastai.vision.all import get_image_files
 from few_labels import FewLabels
+from runs import add_run, read_runs
 
 from fixmatch_fastai.all import (
     UDA,
@@ -171,16 +171,12 @@ def main(argv=None):
         comparison = FewLabels(files, labels, **opts)
         for seed in range(args.seeds):
             for method in args.only or policies(1):
-                done = pd.read_csv(results) if results.exists() else pd.DataFrame(columns=COLUMNS)
+                done = read_runs(results, COLUMNS)
                 settings = dict(images=images, labels=labels, steps=args.steps, mu=args.mu, method=method, seed=seed)
                 if (done[list(settings)] == pd.Series(settings)).all(axis=1).any():
                     continue
                 row = run(comparison, images, method, policies(args.steps)[method], seed)
-                with results.open('a', newline='') as f:
-                    writer = csv.DictWriter(f, COLUMNS)
-                    if f.tell() == 0:
-                        writer.writeheader()
-                    writer.writerow(row)
+                add_run(results, COLUMNS, row)
                 accuracy, seconds = f'{100 * row["accuracy"]:5.1f} %', f'{row["cpu_seconds"]:5.1f} s'
                 print(f'{images}, {labels} labels, seed {seed}: {method:<20}{accuracy}  {seconds}', flush=True)
     text = table(in_order(pd.read_csv(results)))

@@ -5,7 +5,6 @@ self_training.md is the table made of it.
 """
 
 import argparse
-import csv
 import time
 import warnings
 from functools import partial
@@ -18,6 +17,7 @@ import torch
 from fastai.vision.all import get_image_files, parent_label, set_seed
 from few_labels import FewLabels
 from policies import hardware
+from runs import add_run, read_runs
 
 from fixmatch_fastai.all import FixMatchTransform, digits_path, pseudo_label, with_pseudo_labels
 from fixmatch_fastai.experiment.networks import small_cnn
@@ -225,7 +225,7 @@ def main(argv=None):
     results = args.out / 'self_training.csv'
     images = args.images.name if args.images else 'digits'
     files = get_image_files(args.images or digits_path()).sorted()
-    done = pd.read_csv(results).to_dict('records') if results.exists() else []
+    done = read_runs(results, COLUMNS).to_dict('records')
     for seed in range(args.seeds):
         for labels in args.labels:
             n_test = args.n_test if args.images else args.n_test or 400
@@ -236,11 +236,7 @@ def main(argv=None):
                 if any([o[k] for k in KEY] == key for o in done):
                     continue
                 row = run(comparison, images, method, seed)
-                with results.open('a', newline='') as f:
-                    w = csv.DictWriter(f, COLUMNS)
-                    if f.tell() == 0:
-                        w.writeheader()
-                    w.writerow(row)
+                add_run(results, COLUMNS, row)
                 done.append(row)
                 found = f'{100 * row["accuracy"]:.1f} %, {row["cpu_seconds"]:.0f} s'
                 print(f'{images}, {labels} labels, seed {seed}: {method} {found}', flush=True)

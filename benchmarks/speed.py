@@ -63,6 +63,7 @@ from fixmatch_fastai.all import (
     PseudoLabels,
     digits_path,
 )
+from fixmatch_fastai.core import replacing
 from fixmatch_fastai.experiment.networks import wide_resnet
 from fixmatch_fastai.opening import OpenImage
 
@@ -574,6 +575,18 @@ def page(results):
     return text
 
 
+def read_results(store):
+    "What has been measured, by device"
+    if not store.exists():
+        return {}
+    try:
+        results = json.loads(store.read_text(encoding='utf-8'))
+        page(results)
+        return results
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise SystemExit(f'{store} is damaged: mend it, or give another --out.') from e
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
@@ -592,12 +605,14 @@ def main(argv=None):
         print(json.dumps(peak(args.peak, args.device) if args.peak else start_up(args.pool)))
         return
     store = args.out / 'results.json'
+    read_results(store)  # before anything is measured
     for key in args.only:
         print(f'--- {TABLES[key][0]}', flush=True)
         text = TABLES[key][1](args)
-        results = json.loads(store.read_text(encoding='utf-8')) if store.exists() else {}
+        results = read_results(store)
         results.setdefault(args.device, {})[key] = dict(text=text, hardware=hardware(args.device)) if text else None
-        store.write_text(json.dumps(results, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+        with replacing(store) as tmp:
+            tmp.write_text(json.dumps(results, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
         (args.out / 'results.md').write_text(page(results), encoding='utf-8')
 
 

@@ -129,14 +129,26 @@ def _map_text(df, func):
         df[k] = as_series([func(str(o)) if isinstance(o, (str,Path)) else o for o in df[k]]).set_axis(df.index)
     return df
 
+# A spreadsheet takes text that begins like this for a formula. An apostrophe before it keeps it text (OWASP, "CSV
+# injection"). A name that has apostrophes there already gets one more, so that one can always be taken off.
+_formula = re.compile(r"'*(?:[\t\n]|\s*[=+\-@＝＋－＠])")
+
+def _quote(text): return f"'{text}" if _formula.match(text) else text
+
+def _unquote(text): return text[1:] if text[:1] == "'" and _formula.match(text) else text
+
 def save_csv(df, file:Path):
-    "Write a table without its index, whole or not at all; names as `escape_name` makes them"
+    """Write a table without its index, whole or not at all; names as `escape_name` makes them, behind an apostrophe
+    where a spreadsheet would calculate"""
     rows = max(1, 20_000//max(1, df.shape[1])) # that are text at a time, which is large
-    with replacing(file) as tmp: _map_text(df, escape_name).to_csv(tmp, index=False, chunksize=rows)
+    df = _map_text(df, lambda o: _quote(escape_name(o)))
+    header = [_quote(o) if isinstance(o, str) else o for o in df.columns]
+    with replacing(file) as tmp: df.to_csv(tmp, index=False, header=header, chunksize=rows)
 
 def read_csv(file, **kwargs)->pd.DataFrame:
     "A table that `save_csv` wrote, with the names as they were; `kwargs` are those of `pd.read_csv`"
-    return _map_text(pd.read_csv(file, **kwargs), unescape_name)
+    df = _map_text(pd.read_csv(file, **kwargs), lambda o: unescape_name(_unquote(o)))
+    return df.rename(columns=lambda o: _unquote(o) if isinstance(o, str) else o)
 
 # %% ../nbs/00_core.ipynb #53d5113e
 @contextmanager

@@ -531,9 +531,26 @@ def _all_features(items, net, bs, num_workers):
     if not features: raise ValueError("None of the images can be opened: check the files.")
     return torch.cat(features).numpy(),torch.cat(idxs).numpy(),errors
 
-def _from_neighbours(f, center): # the 20 nearest, and itself
+_n_nearest,_n_compared = 21,2048 # with itself; images of a group that are compared with all others of it
+
+def _likely_typical(f):
+    """Numbers of the `_n_compared` images that seem to be nearest to their neighbours: in 6 dimensions a tree finds
+    neighbours quickly, and the distance to these is at least that to the nearest ones"""
+    from scipy.spatial import KDTree
+    from sklearn.decomposition import PCA
+    rng = np.random.default_rng(0)
+    low = PCA(min(6, f.shape[1]), svd_solver='randomized', random_state=0).fit_transform(f)
+    low = low + rng.normal(scale=1e-6*low.std() + 1e-12, size=low.shape) # a tree can't part images that are the same
+    nearest = KDTree(low).query(low, _n_nearest)[1]
+    distances = [np.linalg.norm(f[rows]-f[i], axis=1).mean() for i,rows in enumerate(nearest)]
+    return np.sort(np.argsort(distances, kind='stable')[:_n_compared])
+
+def _from_neighbours(f, center):
+    "Mean distance to the 20 nearest; infinite for those of a large group that others seem to be nearer to"
     from sklearn.neighbors import NearestNeighbors
-    return NearestNeighbors(n_neighbors=min(21, len(f))).fit(f).kneighbors(f)[0].mean(1)
+    found,rows = np.full(len(f), np.inf),np.arange(len(f)) if len(f) <= 2*_n_compared else _likely_typical(f)
+    found[rows] = NearestNeighbors(n_neighbors=min(_n_nearest, len(f))).fit(f).kneighbors(f[rows])[0].mean(1)
+    return found
 
 def select_to_label(
     items,              # Image files (or arrays, PIL images), none of them labelled
@@ -547,7 +564,7 @@ def select_to_label(
     most:int=50_000     # Of more images than this, as many at random are looked at
 )->pd.DataFrame: # `item`, `label` (to fill in), `stands_for` (images of its group); the largest group first
     """The `n` most typical images, one of each of `n` groups: those to label first
-    ([TypiClust](https://arxiv.org/abs/2202.02794))"""
+    ([TypiClust](https://arxiv.org/abs/2202.02794)); in groups of more than 4,096, of the 2,048 that seem to be it"""
     items = list(listed(items))
     if not 1 <= n <= len(items):
         raise ValueError(f"`n` must be between 1 and {len(items):,}, the number of images, but got {n}.")

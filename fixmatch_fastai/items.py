@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['listed', 'rows_of', 'name_of', 'label_of', 'in_memory', 'image_hash', 'by_class', 'real_path', 'image_identity',
-           'image_identities']
+           'image_identities', 'image_fingerprint']
 
 # %% ../nbs/00d_items.ipynb #563010d5
-import hashlib,os
+import hashlib,os,re
 from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from fastai.torch_basics import Tensor, groupby, noop
 from PIL import Image
 
@@ -133,3 +134,32 @@ def image_identities(
 )->set:
     "Those of all its images"
     return {image_identity(ds, o) for o in rows_of(getattr(ds, 'items', ()))} - {None}
+
+# %% ../nbs/00d_items.ipynb #1dc67045
+def _describe_value(o):
+    "Text that is another when the value is"
+    if isinstance(o, (str,Path)):
+        try: found = os.stat(o)
+        except (OSError,ValueError): return str(o)
+        return f'{o}, {found.st_size} bytes, {found.st_mtime_ns}'
+    if isinstance(o, Image.Image): return f'{o.mode} {o.size} {o.getpalette()} {image_hash(o)}'
+    if isinstance(o, Tensor): # of any device and type
+        o = o.detach().cpu().contiguous()
+        return f'{o.dtype} {tuple(o.shape)} {image_hash(o.flatten().view(torch.uint8) if o.numel() else o)}'
+    if isinstance(o, np.ndarray): return f'{o.dtype} {o.shape} {image_hash(o)}'
+    if isinstance(o, (Mapping,pd.Series)): return repr([(k,_describe_value(v)) for k,v in o.items()])
+    if isinstance(o, (tuple,list)): return repr([*map(_describe_value, o)])
+    return re.sub(r' at 0x\w+', '', repr(o)) # an address is another in each process
+
+def image_fingerprint(
+    ds,  # fastai's dataset that opens the image
+    item # Of it
+)->str:
+    "Text that is another when the item, its file (by size and time) or its pixels in memory are"
+    tl,facts = next(iter(getattr(ds, 'tls', ())), ds),[]
+    for tfm in [noop, *getattr(getattr(tl, 'tfms', None), 'fs', ())]:
+        try: item = tfm(item)
+        except Exception: break # what damaged files make PIL raise is of many kinds
+        facts.append(_describe_value(item))
+        if in_memory(item) or isinstance(item, (str,Path)) and os.path.isfile(item): break
+    return repr(facts)

@@ -158,6 +158,72 @@ def test_an_old_file_without_probes_goes_on(arms, tmp_path):
     assert 'probe' not in repr(twin) and twin.table()['FixMatch mean'].equals(whole.table()['FixMatch mean'])
 
 
+RUN = dict(n_labels=0, seed=0, method='supervised', accuracy=0.75, steps=3, seconds=1.0, right='1101', curve=[0.75])
+RUN |= dict(start=1)
+DAMAGED = {
+    'cut short': '[{',
+    'empty': '',
+    'a dict': '{}',
+    'a number': '3',
+    'nothing': 'null',
+    'no rows': '[1, null]',
+    'a row in a list': json.dumps([[RUN]]),
+    'a key is missing': json.dumps([{k: v for k, v in RUN.items() if k != 'right'}]),
+    'twice': json.dumps([RUN, RUN]),
+    'another accuracy': json.dumps([RUN | dict(accuracy=0.5)]),
+    'no accuracy': '[' + json.dumps(RUN).replace('"accuracy": 0.75', '"accuracy": NaN') + ']',
+    'no image': json.dumps([RUN | dict(right='')]),
+    'other letters': json.dumps([RUN | dict(right='11x1')]),
+    'no text': json.dumps([RUN | dict(right=[1, 1, 0, 1])]),
+    'a seed in words': json.dumps([RUN | dict(seed='0')]),
+    'words for a curve': json.dumps([RUN | dict(curve=['a'])]),
+}
+
+
+@pytest.mark.parametrize('text', [*DAMAGED.values(), b'\xff\xfe'], ids=[*DAMAGED, 'no text at all'])
+def test_a_damaged_file_of_runs_is_refused_and_kept(tmp_path, text):
+    out, text = tmp_path / 'x.json', text if isinstance(text, bytes) else text.encode()
+    out.write_bytes(text)
+    with pytest.raises(ValueError, match=r'x\.json is no file of finished runs, or damaged: give another `out`\.'):
+        compare_supervised(pytest.fail, None, out=out, progress=False)
+    assert out.read_bytes() == text
+    with pytest.raises(ValueError, match='`out` must be a file'):
+        compare_supervised(pytest.fail, None, out=tmp_path, progress=False)
+
+
+@pytest.mark.slow
+def test_runs_of_another_comparison_are_not_gone_on_with(arms, tmp_path):
+    "Other labelled, validation or unlabelled images, another network or method; the same one goes on"
+    make_learner, pool = arms
+    out, fit = tmp_path / 'x.json', partial(quiet_fit, n_epoch=1)
+    call = partial(compare_supervised, fit=fit, out=out, progress=False)
+    call(make_learner, pool, seeds=np.arange(1))
+
+    def changed(seed):
+        learn = make_learner(seed=seed)
+        learn.dls.valid.dataset.items[:2] = learn.dls.valid.dataset.items[1::-1]
+        return learn
+
+    def wider(seed):
+        learn = make_learner(seed=seed)
+        learn.model.append(nn.Tanh())
+        return learn
+
+    others = [
+        (changed, pool, FixMatch),
+        (wider, pool, FixMatch),
+        (lambda seed: make_learner(30, seed), pool, FixMatch),
+        (make_learner, lambda dls: dls.unlabeled_dl(pool(dls).dataset.items[1:], mu=2, num_workers=0), FixMatch),
+        (make_learner, pool, lambda dl: FixMatch(dl, threshold=0.9)),
+        (make_learner, pool, lambda dl: FixMatch(dl, lambda_u=2.0)),
+    ]
+    for make, unlabeled_dl, method in others:
+        with pytest.raises(ValueError, match=r'holds runs of another comparison: .* Give another `out`\.'):
+            call(make, unlabeled_dl, seeds=2, method=method)
+    assert len(json.loads(out.read_text())) == 3
+    assert len(call(make_learner, pool, seeds=2).rows) == 6
+
+
 @pytest.mark.parametrize('resumed', [False, True])
 def test_arms_that_share_a_model_are_refused(arms, tmp_path, resumed):
     "The second would begin where the first ended"
@@ -212,9 +278,6 @@ def test_what_can_not_be_compared(arms, tmp_path):
         compare_supervised(make_learner, pool, seeds=1, fit=FIT, method=lambda dl: FlexMatch(), progress=False)
     with pytest.warns(UserWarning, match='No step was trained'):
         compare_supervised(make_learner, pool, seeds=1, fit=noop, progress=False)
-    (tmp_path / 'x.json').write_text('[{')
-    with pytest.raises(ValueError, match=r'x\.json is no file of finished runs'):
-        compare_supervised(make_learner, pool, out=tmp_path / 'x.json')
     lengths = iter([1, 2])
     longer = lambda learn: quiet_fit(learn, next(lengths))
     with pytest.warns(UserWarning, match='with 3 to 6: the comparison is not fair'):

@@ -1,5 +1,6 @@
 "Tables on the disk: any name of a file comes back, and what is written is whole text, or was not written"
 
+import csv
 import os
 from pathlib import Path
 
@@ -36,6 +37,26 @@ def test_a_table_comes_back_as_it_was(tmp_path):
     assert plain.file.tolist() == [escape_name(o) for o in NAMES] and list(plain) == list(df)
     save_csv(df.assign(file=[Path(o) for o in NAMES]).iloc[::2], tmp_path / 'a.csv')
     assert read_csv(tmp_path / 'a.csv').file.tolist() == NAMES[::2]
+
+
+@given(st.lists(st.text(st.sampled_from(list('=+-@\'\t\n\r \\u1a,"＝') + ['\udce9'])), min_size=1))
+def test_a_spreadsheet_shows_names_as_text(tmp_path_factory, names):
+    "No cell or header begins as a formula does, and each name comes back"
+    file = tmp_path_factory.getbasetemp() / 'names.csv'
+    save_csv(pd.DataFrame({'+name': as_series(names), 'loss': -0.5, 'n': -1}), file)
+    with file.open(newline='', encoding='utf-8') as f:
+        (name, *header), *rows = csv.reader(f)
+    assert not [o for o, *_ in [[name], *rows] if o.lstrip(' ')[:1] in [*'=+-@\t\n\r＝']]
+    assert header == ['loss', 'n'] and all(o == ['-0.5', '-1'] for _, *o in rows)
+    back = read_csv(file, dtype={"'+name": str}, keep_default_na=False, skip_blank_lines=False)
+    assert back['+name'].tolist() == names and back.loss.eq(-0.5).all() and back.n.eq(-1).all()
+
+
+def test_names_with_an_apostrophe_alone_stay_as_they_are(tmp_path):
+    "So do those of a table that an older version wrote"
+    names = ["'", "'a'.png", 'a=b', '0=1', 'é-']
+    save_csv(pd.DataFrame({'file': names}), tmp_path / 'a.csv')
+    assert pd.read_csv(tmp_path / 'a.csv').file.tolist() == read_csv(tmp_path / 'a.csv').file.tolist() == names
 
 
 def test_a_table_is_whole_or_as_it_was(tmp_path):

@@ -565,3 +565,24 @@ def test_what_has_no_suspects(digits, make_learner):
     batch = torch.zeros(2, 1, 16, 16), torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match='DataLoaders of a DataBlock'):
         suspect_labels(Learner(DataLoaders([batch], [batch]), tiny_net(), loss_func=nn.CrossEntropyLoss()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('alike', [False, True])
+def test_the_most_typical_image_of_a_large_group(alike):
+    "The one that scikit-learn finds among all, or of images that are the same any of them"
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import NearestNeighbors
+
+    rng, base = np.random.default_rng(0), 15 * load_digits().data
+    images = np.clip(base[rng.integers(0, len(base), 4500)] + rng.normal(0, 8, (4500, 64)), 0, 255)
+    images = [*images.reshape(-1, 8, 8).astype(np.uint8)]
+    if alike:
+        images = images[:1] * 4500
+    df = select_to_label(images, 1)
+    assert df.stands_for.tolist() == [4500]
+    f = [np.array(Image.fromarray(o).resize((32, 32), Image.Resampling.BILINEAR)).flatten() for o in images]
+    f = np.array(f, dtype=np.float32)
+    f /= np.linalg.norm(f, axis=1, keepdims=True)
+    distances = NearestNeighbors(n_neighbors=21).fit(f).kneighbors(f)[0].mean(1)
+    assert distances[df['item'][0]] <= distances.min() + 1e-6

@@ -1,5 +1,7 @@
 "What images are listed by, and what tells one from another"
 
+import copy
+import os
 from collections import deque
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from fastai.vision.all import DataBlock, ImageBlock, IndexSplitter, ItemGetter, L
 from PIL import Image
 
-from fixmatch_fastai.items import by_class, image_identities, image_identity, listed
+from fixmatch_fastai.items import by_class, image_fingerprint, image_identities, image_identity, listed
 
 NAMES = [f'{o}.png' for o in 'abcde']
 ONCE = dict.fromkeys(NAMES)
@@ -153,3 +155,48 @@ def test_what_can_not_be_told_apart(images):
     by_row = dataset(pd.DataFrame(dict(file=images)), lambda row: row.file)
     assert image_identity(by_row, 3) is None and image_identity(None, 3) is None
     assert image_identities(None) == image_identities(torch.utils.data.TensorDataset(torch.zeros(2))) == set()
+
+
+GREY = np.arange(16, dtype=np.uint8).reshape(2, 8)
+PALETTE = Image.fromarray(GREY).convert('P')
+OTHER_PALETTE = PALETTE.copy()
+OTHER_PALETTE.putpalette(list(range(255, -1, -1)) * 3)
+UNLIKE = {
+    'pixels': (GREY, GREY + 1),
+    'shape': (GREY, GREY.reshape(4, 4)),
+    'type': (GREY, GREY.astype(np.uint16)),
+    'tensors': (torch.tensor(GREY), torch.tensor(GREY).flip(0)),
+    'a type without numpy': (torch.ones(3, 3).bfloat16(), torch.zeros(3, 3).bfloat16()),
+    'PIL images': (Image.fromarray(GREY), Image.fromarray(GREY.T)),
+    'palettes': (PALETTE, OTHER_PALETTE),
+    'rows': (pd.Series({'image': GREY, 'name': 'a'}), pd.Series({'image': GREY, 'name': 'b'})),
+    'pixels of rows': (pd.Series({'image': GREY}), pd.Series({'image': GREY[::-1]})),
+    'dicts': ({'image': GREY}, {'image': GREY + 1}),
+    'numbers': (1, 2),
+    'names': ('caf\udce9', 'caf\\udce9'),
+}
+
+
+@pytest.mark.parametrize('one,other', UNLIKE.values(), ids=UNLIKE)
+def test_fingerprints_of_what_is_not_the_same(one, other):
+    assert image_fingerprint(None, one) != image_fingerprint(None, other)
+    assert image_fingerprint(None, copy.deepcopy(one)) == image_fingerprint(None, one)
+
+
+def test_a_fingerprint_finds_the_file_or_the_pixels_behind_an_item(tmp_path):
+    file = tmp_path / 'a.png'
+    Image.fromarray(GREY).save(file)
+    block = DataBlock(ImageBlock, get_x=lambda name: tmp_path / name, splitter=IndexSplitter([]))
+    ds = block.datasets(['a.png']).train
+    before = image_fingerprint(ds, 'a.png')
+    assert image_fingerprint(ds, 'a.png') == before != image_fingerprint(ds, 'missing.png')
+    os.utime(file, ns=(0, 0))
+    later = image_fingerprint(ds, 'a.png')
+    file.write_bytes(file.read_bytes() + b' ')
+    os.utime(file, ns=(0, 0))
+    assert len({before, later, image_fingerprint(ds, 'a.png')}) == 3
+    images = [GREY, GREY.T.copy()]
+    of_numbers = DataBlock(ImageBlock, get_x=lambda i: images[i], splitter=IndexSplitter([])).datasets([0, 1]).train
+    before = image_fingerprint(of_numbers, 1)
+    images[1] = images[1] + 1
+    assert image_fingerprint(of_numbers, 1) != before

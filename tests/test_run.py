@@ -15,10 +15,25 @@ from fastai.vision.all import Callback, CancelFitException, load_learner
 from fixmatch_fastai.all import FixMatch
 from fixmatch_fastai.console import CommandError
 from fixmatch_fastai.experiment import run as run_room
-from fixmatch_fastai.experiment.config import ExperimentConfig, OptimizerConfig, ScheduleConfig
+from fixmatch_fastai.experiment.config import (
+    ExperimentConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    config_yaml,
+    resolved,
+)
 from fixmatch_fastai.experiment.datasets import load_images
 from fixmatch_fastai.experiment.policies import all_policies
-from fixmatch_fastai.experiment.run import Run, describe_results, get_learner, run, run_seeds
+from fixmatch_fastai.experiment.run import (
+    Run,
+    describe_results,
+    get_learner,
+    is_finished,
+    read_results,
+    run,
+    run_folder,
+    run_seeds,
+)
 
 pytest.importorskip('omegaconf', reason='omegaconf is not installed')
 
@@ -287,3 +302,56 @@ def test_what_was_stopped_before_its_first_evaluation_may_begin_anew(monkeypatch
     same = lambda row: pd.DataFrame([row]).equals(pd.DataFrame([result]))
     assert same(run(small(bs=5, track='tensorboard'))), 'it is not trained by its tracker'
     assert same(run(small(bs=5, data=os.path.abspath('images/digits')))), 'nor by another path to its images'
+
+
+RESULT = dict(data='digits', n_labels=20, policy='fixed', network='x', steps=6, seed=0)
+RESULT |= dict(accuracy=0.5, raw_accuracy=0.25, median_20=None, n_test=40)
+DAMAGED = ['', '{', '{}', '[]', 'null', '3', b'\xff', json.dumps(RESULT | dict(accuracy='a'))]
+DAMAGED += [json.dumps(RESULT | dict(raw_accuracy=7)), json.dumps({k: v for k, v in RESULT.items() if k != 'n_test'})]
+
+
+@pytest.mark.parametrize('text', DAMAGED)
+def test_a_damaged_result_is_no_result(tmp_path, text):
+    for seed in (0, 1):
+        file = tmp_path / f'x/seed_{seed}/result.json'
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(RESULT | dict(seed=seed)))
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.warns(UserWarning, match=r'result\.json is damaged and left out: run its seed again\.'):
+        assert read_results(tmp_path / 'x').seed.tolist() == [0]
+    assert not is_finished(ExperimentConfig(out=str(tmp_path), name='x', seed=1))
+
+
+@pytest.mark.slow
+def test_what_is_damaged_in_a_finished_folder(monkeypatch, capsys, undrawn):
+    "The result is made anew from the checkpoint; what can't be made anew is named"
+    result, folder = run(small()), Path('experiments/digits_20_fixed/seed_0')
+    (folder / 'result.json').write_text('{}')
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Callback, 'after_batch', lambda self: pytest.fail('it is trained again'), raising=False)
+        assert run(small()) == result and is_finished(resolved(small()))
+    out = capsys.readouterr().out
+    assert 'result.json is damaged, so it is made anew' in out and 'nothing is left to train' in out
+    table = (folder / 'history.csv').read_text()
+    for text, says in ((table[:-5], 'history.csv is damaged: mend it'), (None, 'lacks the last evaluation')):
+        (folder / 'result.json').unlink()
+        (folder / 'history.csv').unlink() if text is None else (folder / 'history.csv').write_text(text)
+        with pytest.raises(CommandError, match=says):
+            run(small())
+        (folder / 'result.json').touch()
+    for damage in (lambda o: o.write_text('a: ['), Path.unlink):
+        damage(folder / 'config.yaml')
+        with pytest.raises(CommandError, match=r'whose config\.yaml is not there, or damaged: give another name, or'):
+            run(small())
+
+
+def test_the_folder_of_another_seed_is_refused(tmp_path):
+    c = resolved(small())
+    folder = run_folder(c)
+    folder.mkdir(parents=True)
+    (folder / 'config.yaml').write_text(config_yaml(c))
+    (folder / 'result.json').write_text(json.dumps(RESULT))
+    assert run(c)['seed'] == 0
+    folder.rename(folder.with_name('seed_1'))
+    with pytest.raises(CommandError, match=r'holds a run with another seed \(0 there, 1 here\)'):
+        run(small(seed=1))

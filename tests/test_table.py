@@ -26,6 +26,8 @@ from fastai.vision.all import (
     Learner,
     MixUp,
     MultiCategoryBlock,
+    Normalize,
+    Path,
     PILImage,
     PILImageBW,
     RandomSplitter,
@@ -37,6 +39,7 @@ from fastai.vision.all import (
     parent_label,
     vision_learner,
 )
+from PIL import Image
 
 from fixmatch_fastai.augment import FixMatchTransform
 from fixmatch_fastai.callback import FixMatch
@@ -131,10 +134,7 @@ def test_an_interrupted_table_goes_on(teacher, pool, tmp_path, stop_at):
 
 def test_a_torn_row_is_made_anew(teacher, pool, tmp_path):
     out = tmp_path / 'table.csv'
-    _, handle = passes(teacher, 5)
-    with pytest.raises(KeyboardInterrupt):
-        pseudo_label(teacher, pool, out=out, bs=10)
-    handle.remove()
+    interrupt(teacher, pool, out)
     (part,) = tmp_path.glob('*.part')
     part.write_bytes(part.read_bytes()[:-3])
     seen, handle = passes(teacher)
@@ -144,28 +144,142 @@ def test_a_torn_row_is_made_anew(teacher, pool, tmp_path):
     pd.testing.assert_frame_equal(again, pseudo_label(teacher, pool))
 
 
-@pytest.mark.parametrize('other', ['weights', 'images', 'soft'])
+def interrupt(learn, items, out, **kwargs):
+    "Predict 50 images, and stop"
+    _, handle = passes(learn, 5)
+    with pytest.raises(KeyboardInterrupt):
+        pseudo_label(learn, items, out=out, bs=10, **kwargs)
+    handle.remove()
+
+
+def other_weights(learn):
+    with torch.no_grad():
+        next(learn.model.parameters()).mul_(0.9)
+
+
+def other_layers(learn):
+    learn.model.insert(3, torch.nn.Tanh())  # without weights
+
+
+def other_classes(learn):
+    learn.dls.vocab.items[:2] = learn.dls.vocab.items[1::-1]
+
+
+def other_transforms(learn):
+    learn.dls.valid.after_batch.add(Normalize.from_stats([0.3], [0.4], cuda=False))
+
+
+OTHERS = {
+    'weights': other_weights,
+    'layers': other_layers,
+    'classes': other_classes,
+    'transforms': other_transforms,
+    'order': lambda learn: dict(items=lambda o: o[::-1]),
+    'fewer': lambda learn: dict(items=lambda o: o[:60]),
+    'one more': lambda learn: dict(items=lambda o: [*o, o[0]]),
+    'soft': lambda learn: dict(soft=True),
+    'tta': lambda learn: dict(tta=True),
+}
+
+
+@pytest.mark.parametrize('other', OTHERS)
 def test_what_belongs_to_another_call_is_not_gone_on_with(teacher, pool, tmp_path, other):
     out = tmp_path / 'table.csv'
-    _, handle = passes(teacher, 5)
-    with pytest.raises(KeyboardInterrupt):
-        pseudo_label(teacher, pool, out=out, bs=10)
+    interrupt(teacher, pool, out)
+    changed = OTHERS[other](teacher) or {}
+    items = changed.pop('items', list)(pool)
+    with pytest.warns(UserWarning, match=r'another learner or other options, so all images are predicted anew\.'):
+        again = pseudo_label(teacher, items, out=out, **changed)
+    pd.testing.assert_frame_equal(again, pseudo_label(teacher, items, **changed))
+    assert [o.name for o in tmp_path.glob('table*')] == ['table.csv']
+
+
+def arrays(files):
+    "A learner of arrays, and these"
+    opened = [np.asarray(PILImageBW.create(o)) for o in files]
+    labels = {o.tobytes(): parent_label(f) for o, f in zip(opened, files)}
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_y=lambda o: labels[o.tobytes()])
+    return block.dataloaders(opened, bs=8, num_workers=0), opened
+
+
+def rows_of_arrays(files):
+    "The same as rows of a DataFrame"
+    rows = pd.DataFrame(dict(image=arrays(files)[1], label=[parent_label(o) for o in files]))
+    getters = dict(get_x=ColReader('image'), get_y=ColReader('label'))
+    return DataBlock((ImageBlock(PILImageBW), CategoryBlock), **getters).dataloaders(rows, bs=8, num_workers=0), rows
+
+
+def rows_of_files(files):
+    "Rows of a DataFrame that name files"
+    rows = pd.DataFrame(dict(name=[str(o.relative_to(files[0].parents[1])) for o in files]))
+    getters = dict(get_x=ColReader('name', pref=files[0].parents[1]), get_y=lambda r: parent_label(Path(r['name'])))
+    return DataBlock((ImageBlock(PILImageBW), CategoryBlock), **getters).dataloaders(rows, bs=8, num_workers=0), rows
+
+
+def plain_files(files):
+    block = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_y=parent_label)
+    return block.dataloaders(files, bs=8, num_workers=0), files
+
+
+@pytest.mark.parametrize('form', [arrays, rows_of_arrays, rows_of_files, plain_files])
+def test_a_part_belongs_to_the_pixels_of_its_images(pool, tmp_path, form):
+    "The same images go on; one with new pixels, of the same name or number, begins anew"
+    files = []
+    for o in pool:
+        files.append(tmp_path / 'images' / o.parent.name / o.name)
+        files[-1].parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(o, files[-1])
+    dls, items = form(files)
+    learn, out = Learner(dls, tiny_net()), tmp_path / 'table.csv'
+    interrupt(learn, items, out)
+    seen, handle = passes(learn)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        pseudo_label(learn, items, out=out)
+    assert sum(seen) == 50
     handle.remove()
-    if other == 'weights':
-        with torch.no_grad():
-            next(teacher.model.parameters()).mul_(0.9)
-    items = pool[::-1] if other == 'images' else pool
-    seen, handle = passes(teacher)
-    again = pseudo_label(teacher, items, soft=other == 'soft', out=out)
-    handle.remove()
-    assert sum(seen) == len(pool) and len(again) == len(pool)
+    interrupt(learn, items, out)
+    Image.fromarray(255 - np.asarray(Image.open(files[0]))).save(files[0])
+    if form is arrays:
+        items[0] = 255 - items[0]
+    if form is rows_of_arrays:
+        items.at[0, 'image'] = 255 - items.at[0, 'image']
+    with pytest.warns(UserWarning, match='so all images are predicted anew'):
+        again = pseudo_label(learn, items, out=out)
+    pd.testing.assert_frame_equal(again, pseudo_label(learn, items))
+
+
+@pytest.mark.parametrize('damage', ['header', 'row', 'last row', 'zeros', 'too long', 'short', 'other'])
+def test_a_damaged_part_is_not_gone_on_with(teacher, pool, tmp_path, damage):
+    interrupt(teacher, pool, tmp_path / 'table.csv', soft=True)
+    (part,) = tmp_path.glob('*.part')
+    data = bytearray(part.read_bytes())
+    if damage in ('header', 'row', 'last row'):
+        data[dict(zip(('header', 'row', 'last row'), (3, 1000, -10)))[damage]] ^= 1
+    if damage == 'zeros':
+        data[500:900] = bytes(400)
+    if damage == 'too long':
+        data *= 3
+    part.write_bytes({'short': data[:5], 'other': b'no pseudo-labels' * 40}.get(damage, data))
+    with pytest.warns(UserWarning, match=r'\.part is damaged, so all images are predicted anew\.'):
+        again = pseudo_label(teacher, pool, soft=True, out=tmp_path / 'table.csv')
+    pd.testing.assert_frame_equal(again, pseudo_label(teacher, pool, soft=True))
+
+
+@pytest.mark.parametrize('text', ['', 'file,predicted,confidence\na,b,c\n', 'a,"b\n', b'\xff\xfe\x00'])
+def test_a_damaged_table_is_refused_in_a_sentence(tmp_path, text):
+    file = tmp_path / 't.csv'
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=r't\.csv is no table of pseudo-labels'):
+        read_pseudo_labels(file)
 
 
 def test_stale_parts_go_with_the_finished_table(teacher, pool, tmp_path):
     (tmp_path / 't.csv.0123abcd.part').touch()
     (tmp_path / 'other.csv.0123abcd.part').touch()
     (tmp_path / 't.csv.mine.part').touch()
-    pseudo_label(teacher, pool[:5], out=tmp_path / 't.csv')
+    with pytest.warns(UserWarning, match='0123abcd.part is of a call with other images'):
+        pseudo_label(teacher, pool[:5], out=tmp_path / 't.csv')
     left = sorted(o.name for o in tmp_path.iterdir() if o.is_file())
     assert left == ['other.csv.0123abcd.part', 't.csv', 't.csv.mine.part']
 
@@ -415,6 +529,21 @@ def test_labelled_images_keep_their_labels(teacher, pool):
     assert many.train.n_batches == 20 and many.valid.bs == teacher.dls.valid.bs
     with pytest.raises(ValueError, match='`bs` is a number of images'):
         with_pseudo_labels(teacher.dls, table, bs=0)
+
+
+@pytest.mark.parametrize('soft', [False, True])
+def test_bytes_for_each_row_of_a_table(teacher, pool, soft):
+    "Names stay in their column: a path for each would take 300 bytes"
+    n, names = 5000, [f'/pool/images/{i:08d}.png' for i in range(5000)]
+    table = pseudo_label(teacher, pool[:1], soft=soft).iloc[[0] * n].assign(file=names)
+    gc.collect()
+    tracemalloc.start()
+    dls = with_pseudo_labels(teacher.dls, table)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    dls.train_ds.pool.tls[0].tfms.fs = []
+    assert dls.train_ds.pool[n - 1] == (Path(names[-1]),)
+    assert kept < 60 * n and peak < 120 * n, f'{kept / n:.0f} and {peak / n:.0f} bytes a row'
 
 
 def test_noise_is_for_training_images_alone(teacher, pool):

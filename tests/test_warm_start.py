@@ -1,6 +1,8 @@
 "Turned and painted-over images, and a body that moves from one network to another"
 
+import gc
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -458,3 +460,16 @@ def test_refuses_a_body_that_does_not_fit(make_dls, src, match):
         load_body(plain(make_dls(), nn.Sequential(nn.Flatten(), nn.Linear(256, 10))), two_convs())
     with pytest.raises(TypeError, match='must be a Learner or a model'):
         load_body(learn, 'weights.pth')
+
+
+@pytest.mark.parametrize('make', [rotation_dls, inpainting_dls])
+def test_bytes_for_each_image(make, pool):
+    "Beside the list of the images: for its number, in four turns too, and for fastai's own list"
+    items = [*pool[:1]] * 20_000
+    gc.collect()
+    tracemalloc.start()
+    dls = make(items, size=16, num_workers=0)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 32 * len(items) and peak < 64 * len(items), f'{kept} and {peak} bytes'
+    assert len(dls.train_ds) + len(dls.valid_ds) == len(items) * (4 if make is rotation_dls else 1)

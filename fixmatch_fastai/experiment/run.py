@@ -7,7 +7,7 @@ __all__ = ['RawAccuracy', 'get_learner', 'plot_accuracy', 'Run', 'run_folder', '
            'describe_results', 'run_seeds']
 
 # %% ../../nbs/experiment/06_run.ipynb #41d28f6c
-import json,os
+import json,math,os,warnings
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
@@ -35,7 +35,7 @@ from .config import ExperimentConfig, config_yaml, flat_values, in_words, named_
 from .config import read_config, resolved, trackers
 from .datasets import Images, load_images, make_dataloaders
 from .networks import make_network, set_bn_momentum
-from .output import EpochTable, logged_lines, save_csv, save_figure, save_text
+from .output import EpochTable, logged_lines, read_epochs, save_csv, save_figure, save_text
 from .policies import make_policy
 from .tracking import MLflowCallback
 from ..interpret import PseudoLabelInterpretation
@@ -130,8 +130,12 @@ class Run:
         self.learn = get_learner(self.config, self.images, self.folder)
 
     @property
-    def history(self)->pd.DataFrame: # What `history.csv` holds
-        return pd.read_csv(self.folder/'history.csv')
+    def history(self)->pd.DataFrame: # What `history.csv` holds; a `CommandError` where it lacks the last evaluation
+        file,n = self.folder/'history.csv',self.config.steps//self.config.eval_every
+        if not file.exists() or (found := read_epochs(file)).epoch.iloc[-1] < n-1:
+            raise CommandError(f"{file} lacks the last evaluation, so there is no result: give another name, "
+                               f"or delete {self.folder}.")
+        return found
 
 def run_folder(c): return Path(c.out)/c.name/f'seed_{c.seed}'
 
@@ -186,7 +190,8 @@ def result(self:Run)->dict:
     row |= dict(accuracy=float(last.accuracy), raw_accuracy=float(last.raw_accuracy),
                 median_20=float(accuracies.median()) if len(accuracies) == 20 else None, n_test=len(self.images.test))
     row |= {k: float(last[k]) for k in ('mask_rate','pseudo_acc') if k in h}
-    return {**row, 'minutes': round(sum(map(_seconds, h.time))/60, 2) if 'time' in h else None}
+    timed = 'time' in h and h.epoch.iloc[0] == 0 # else rows were lost
+    return {**row, 'minutes': round(sum(map(_seconds, h.time))/60, 2) if timed else None}
 
 # %% ../../nbs/experiment/06_run.ipynb #d3d2656d
 @patch
@@ -214,14 +219,18 @@ def save(self:Run)->dict: # `result`
     return row
 
 # %% ../../nbs/experiment/06_run.ipynb #01e58705
-_may_differ = ('out','root','seed','seeds','workers','device','views.cache','log_every','track')
+_may_differ = ('out','root','seeds','workers','device','views.cache','log_every','track')
 
 def _check_same(c):
     "Is what the folder holds the same experiment?"
     folder = run_folder(c)
     if not any((folder/o).exists() for o in ('result.json','history.csv','models/fixmatch.pth')):
         return # it was stopped before the first evaluation, so there is nothing to mix
-    there,own = flat_values(read_config(file=folder/'config.yaml')),flat_values(c)
+    try: there = flat_values(read_config(file=folder/'config.yaml'))
+    except CommandError as e:
+        raise CommandError(f"{folder} holds a run whose config.yaml is not there, or damaged: give another name, "
+                           "or delete it.") from e
+    own = flat_values(c)
     for o in (there,own):
         if o['data'] not in named_datasets: o['data'] = str(Path(o['data']).resolve())
     if differ := [k for k in own if k not in _may_differ and there[k] != own[k]]:
@@ -229,7 +238,17 @@ def _check_same(c):
         raise CommandError(f"{folder} holds a run with another {k} ({theirs} there, {ours} here): "
                            "give another name, or delete it.")
 
-def is_finished(c): return (run_folder(c)/'result.json').exists()
+def _read_result(file):
+    "What a run came to; `None` where it is not finished, or the file is damaged"
+    try: row = json.loads(file.read_text(encoding='utf-8'))
+    except (FileNotFoundError,ValueError): return None
+    if not isinstance(row, dict) or not {'data','policy','network','median_20'} <= {*row}: return None
+    shares = row.get('accuracy'),row.get('raw_accuracy'),row['median_20'] or 0
+    numbers = *shares,*map(row.get, ('n_labels','steps','seed','n_test'))
+    if not all(isinstance(o, (int,float)) for o in numbers): return None
+    return row if all(0 <= o <= 1 or math.isnan(o) for o in shares) else None
+
+def is_finished(c): return _read_result(run_folder(c)/'result.json') is not None
 
 def run(
     config:ExperimentConfig, # `seed` says which
@@ -238,7 +257,10 @@ def run(
     "Train one seed, or train it on, or read what it came to where it is finished already"
     c = resolved(config)
     _check_same(c)
-    if is_finished(c): return json.loads((run_folder(c)/'result.json').read_text(encoding='utf-8'))
+    file = run_folder(c)/'result.json'
+    if row := _read_result(file): return row
+    if file.exists():
+        print(f'{file} is damaged, so it is made anew, from the checkpoint where there is one.', flush=True)
     return Run(c, images).fit().save()
 
 # %% ../../nbs/experiment/06_run.ipynb #0d324771
@@ -246,7 +268,10 @@ def read_results(
     folder # `out/name`
 )->pd.DataFrame: # A row for each finished run
     "What the runs of an experiment came to"
-    rows = [json.loads(o.read_text(encoding='utf-8')) for o in Path(folder).glob('seed_*/result.json')]
+    found = {o: _read_result(o) for o in Path(folder).glob('seed_*/result.json')}
+    for o,row in found.items():
+        if row is None: warnings.warn(f"{o} is damaged and left out: run its seed again.", stacklevel=2)
+    rows = [o for o in found.values() if o is not None]
     return pd.DataFrame(rows).sort_values('seed', ignore_index=True) if rows else pd.DataFrame()
 
 def describe_results(

@@ -6,7 +6,7 @@
 __all__ = ['wilson_interval', 'paired_interval', 'SupervisedTwin', 'compare_supervised']
 
 # %% ../../nbs/self_training/04_compare.ipynb #223424cf
-import inspect,json,math,time,warnings
+import hashlib,inspect,json,math,re,time,warnings
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -14,12 +14,13 @@ import numpy as np
 import pandas as pd
 from fastai.callback.core import Callback
 from fastai.callback.schedule import Learner # with `fit_one_cycle`
-from fastai.torch_basics import Path, patch, set_seed
+from fastai.torch_basics import Path, nn, patch, set_seed
 from fastprogress.fastprogress import progress_bar
 from scipy import stats
 
 from ..callback import FixMatch
-from ..core import replacing
+from ..core import len_of, replacing, unwrap_dl
+from ..items import image_fingerprint, rows_of
 from ..recipe import probe
 from ..record import add_legend, as_label
 from ..rehearsal import loaders_as_they_were
@@ -70,7 +71,8 @@ class SupervisedTwin:
     @property
     def runs(self)->pd.DataFrame: # `n_labels`, `seed`, `method`, `accuracy` (0 to 1), `steps` (probe: 0), `seconds`
         "A row for each run"
-        return pd.DataFrame([{k: v for k,v in o.items() if k not in ('right','curve','start')} for o in self.rows])
+        hidden = 'right','curve','start','fingerprint'
+        return pd.DataFrame([{k: v for k,v in o.items() if k not in hidden} for o in self.rows])
 
     def _find_run(self, n_labels, seed, method):
         "One run, or `None`"
@@ -155,6 +157,30 @@ def report(self:SupervisedTwin)->str:
     rows = zip(table.index, table.to_dict('records'))
     return '\n\n'.join('\n'.join(_report_lines(int(n), row, self.methods)) for n,row in rows)
 
+# %% ../../nbs/self_training/04_compare.ipynb #13ebe179
+def _describe(o):
+    "A callback's settings, a network's layers, in words without addresses, which are others in each process"
+    if isinstance(o, Callback):
+        known = {k: v for k,v in vars(o).items() if v is None or isinstance(v, (bool,int,float,str,nn.Module))}
+        o = f'{type(o).__name__} {known}'
+    return re.sub(r' at 0x\w+', '', repr(o))
+
+def _dataset_facts(ds):
+    "Its images, and their labels where fastai's transforms make them"
+    yield str(len_of(ds))
+    tls = list(getattr(ds, 'tls', ()))[1:]
+    for i,o in enumerate(rows_of(getattr(ds, 'items', ()))):
+        yield image_fingerprint(ds, o) + repr([tl[i] for tl in tls])
+
+def _facts_of(learn, cb):
+    "What a finished run is known again by"
+    yield _describe(learn.model)
+    for dl in learn.dls.loaders[:2]: yield from _dataset_facts(unwrap_dl(dl).dataset)
+    if cb is None: return
+    yield _describe(cb)
+    ds = getattr(getattr(cb, 'unlabeled_dl', None), 'dataset', None)
+    yield from _dataset_facts(getattr(ds, 'dataset', ds))
+
 # %% ../../nbs/self_training/04_compare.ipynb #93138526
 def _accepts(func, name):
     return any(o.kind == o.VAR_KEYWORD or o.name == name for o in inspect.signature(func).parameters.values())
@@ -168,6 +194,7 @@ class _Arms(NamedTuple):
     unlabeled_dl: Any
     method: Any
     fit: Any
+    keeps_runs: bool = False # in a file, with fingerprints?
 
     def new_learner(self, **known):
         "A learner that is not trained yet, and the fingerprint of its weights"
@@ -187,13 +214,33 @@ class _Arms(NamedTuple):
         raise TypeError("`method` must make a callback of the loader, "
                         f"as `lambda dl: FixMatch(dl, policy=FlexMatch())`, but made a {type(cb).__name__}.")
 
+    def fingerprint(self, learn, cb=None):
+        "Of a learner that is not trained yet, its images and its callback: 32 hexadecimal digits"
+        if not self.keeps_runs: return ''
+        found = hashlib.blake2b(digest_size=16)
+        for o in _facts_of(learn, cb): found.update(o.encode(errors='backslashreplace')+b'\n')
+        return found.hexdigest()
+
 # %% ../../nbs/self_training/04_compare.ipynb #31627b8c
+_kinds = dict(n_labels=int, seed=int, method=str, accuracy=(int,float), steps=int, seconds=(int,float), right=str,
+              curve=list, start=int)
+
+def _is_run(o):
+    "Is it a row as `_write_runs` writes it?"
+    if not (isinstance(o, dict) and all(isinstance(o.get(k), v) for k,v in _kinds.items())): return False
+    right,curve = o['right'],o['curve']
+    if not right or set(right)-{*'01'} or not all(isinstance(v, (int,float)) for v in curve): return False
+    return math.isclose(o['accuracy'], right.count('1')/len(right), abs_tol=1e-6)
+
 @patch
 def _read_runs(self:SupervisedTwin, file):
     "Runs that were finished before"
-    try: self.rows = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f"{file} is no file of finished runs: give another `out`.") from e
-    for o in self.rows: o['right'] = np.array(list(o['right'])) == '1'
+    wrong = f"{file} is no file of finished runs, or damaged: give another `out`."
+    try: rows = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as e: raise ValueError(wrong) from e
+    if not isinstance(rows, list) or not all(map(_is_run, rows)): raise ValueError(wrong)
+    if len({(o['n_labels'],o['seed'],o['method']) for o in rows}) < len(rows): raise ValueError(wrong)
+    self.rows = [{**o, 'right': np.array(list(o['right'])) == '1'} for o in rows]
 
 @patch
 def _write_runs(self:SupervisedTwin, file):
@@ -201,11 +248,11 @@ def _write_runs(self:SupervisedTwin, file):
     with replacing(file) as tmp: tmp.write_text(json.dumps(rows), encoding='utf-8')
 
 @patch
-def _add_run(self:SupervisedTwin, n_labels, seed, method, right, began, start, steps=0, curve=()):
+def _add_run(self:SupervisedTwin, n_labels, seed, method, right, began, start, steps=0, curve=(), fingerprint=''):
     "Note a finished run"
     row = dict(n_labels=n_labels, seed=seed, method=method, accuracy=float(right.mean()), steps=steps)
     row |= dict(seconds=round(time.perf_counter()-began, 1), right=right, curve=[*curve], start=start)
-    self.rows.append(row)
+    self.rows.append({**row, 'fingerprint': fingerprint})
 
 # %% ../../nbs/self_training/04_compare.ipynb #9fe5e8f4
 @patch
@@ -249,10 +296,12 @@ def _accuracy_curve(learn):
     names = list(getattr(learn.recorder, 'metric_names', ())[1:-1]) # without epoch and time
     return [float(o[names.index('accuracy')]) for o in learn.recorder.values] if 'accuracy' in names else []
 
+def _arguments(n_labels, seed): return dict(seed=seed, n_labels=n_labels) if n_labels else dict(seed=seed)
+
 @patch
 def _train(self:SupervisedTwin, arms, n_labels, seed, semi):
     "Train one arm, the supervised one after its probe"
-    known = dict(seed=seed, n_labels=n_labels) if n_labels else dict(seed=seed)
+    known = _arguments(n_labels, seed)
     learn,start = arms.new_learner(**known)
     done = self._find_run(n_labels, seed, self.arms[semi]) # in a file without probes
     if not done and not self._starts_alike(n_labels, seed, start):
@@ -260,13 +309,32 @@ def _train(self:SupervisedTwin, arms, n_labels, seed, semi):
                          "each time, of nothing but the random numbers that `set_seed` sets.")
     if not semi and self._lacks_probe(n_labels, seed): self._probe(learn, n_labels, seed, start)
     if done: return
-    if semi: learn.add_cb(arms.callback(learn, **known))
+    cb = arms.callback(learn, **known) if semi else None
+    fingerprint = arms.fingerprint(learn, cb)
+    if semi: learn.add_cb(cb)
     count,began = _CountSteps(),time.perf_counter()
     set_seed(seed) # what making them draws is not the same in both
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(count): arms.fit(learn)
     curve = _accuracy_curve(learn) # before the recorder sees more
-    self._add_run(n_labels, seed, self.arms[semi], right_predictions(learn), began, start, count.n, curve)
+    right = right_predictions(learn)
+    self._add_run(n_labels, seed, self.arms[semi], right, began, start, count.n, curve, fingerprint)
     if semi: self.learn = learn
+
+# %% ../../nbs/self_training/04_compare.ipynb #bba3c303
+@patch
+def _check_same(self:SupervisedTwin, arms, file):
+    "An error where a finished run of an arm, made again, would be another"
+    for semi,method in enumerate(self.arms):
+        row = next((o for o in reversed(self.rows) if o['method'] == method and o.get('fingerprint')), None)
+        if row is None: continue
+        n_labels,seed = row['n_labels'],row['seed']
+        known = _arguments(n_labels, seed)
+        learn,start = arms.new_learner(**known)
+        same = arms.fingerprint(learn, arms.callback(learn, **known) if semi else None) == row['fingerprint']
+        paired = all(self._find_run(n_labels, seed, o) for o in self.arms) # else training compares the weights
+        if same and (start == row['start'] or not paired): continue
+        raise ValueError(f"{file} holds runs of another comparison: with seed {seed}, {method} had another network, "
+                         "other images or other settings than now. Give another `out`.")
 
 # %% ../../nbs/self_training/04_compare.ipynb #5eba8a4a
 def _check_comparison(make_learner, seeds, n_labels, method, name):
@@ -313,15 +381,19 @@ def compare_supervised(
 )->SupervisedTwin:
     """Train with and without unlabelled images, on the same labels and with as many steps, and compare;
     beside the two the probe, a logistic regression on the features before training"""
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if n_labels is not None: n_labels = [n_labels] if isinstance(n_labels, int) else list(n_labels)
+    seeds = list(range(seeds)) if isinstance(seeds, int) else [int(o) for o in seeds]
+    if n_labels is not None: n_labels = [n_labels] if isinstance(n_labels, int) else [int(o) for o in n_labels]
     _check_comparison(make_learner, seeds, n_labels, method, name)
     twin,out = SupervisedTwin(name),None if out is None else Path(out)
     if out is not None:
+        if out.is_dir():
+            raise ValueError(f"`out` must be a file, but {out} is a folder: use for example {out/'runs.json'}.")
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists(): twin._read_runs(out)
-    arms = _Arms(make_learner, unlabeled_dl, method, fit or (lambda learn: learn.fit_one_cycle(5)))
+    fit = fit or (lambda learn: learn.fit_one_cycle(5))
+    arms = _Arms(make_learner, unlabeled_dl, method, fit, out is not None)
     todo = [(n,seed,semi) for n in n_labels or [0] for seed in seeds for semi in (False,True)]
+    if any(twin._find_run(n, seed, twin.arms[semi]) is None for n,seed,semi in todo): twin._check_same(arms, out)
     for n,seed,semi in progress_bar(todo, leave=False) if progress else todo:
         if not twin._lacks_run(n, seed, semi): continue
         twin._train(arms, n, seed, semi)

@@ -8,7 +8,7 @@ __all__ = ['predictions', 'right_predictions', 'check_share', 'check_count', 'te
            'rows_to_train_on', 'check_mixing', 'with_pseudo_labels', 'balance_classes']
 
 # %% ../../nbs/self_training/02_table.ipynb #6dfd4938
-import os,re,warnings,zlib
+import hashlib,os,re,warnings,zlib
 
 import numpy as np
 import pandas as pd
@@ -19,14 +19,14 @@ from fastai.data.transforms import CategoryMap, EncodedMultiCategorize, MultiCat
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.torch_basics import (
-    GetAttr, Path, Pipeline, Tensor, TensorCategory, cast, compose_tfms, nn, store_attr, to_device
+    GetAttr, Path, Pipeline, Tensor, TensorCategory, cast, compose_tfms, nn, no_random, store_attr, to_device
 )
 from fastprogress.fastprogress import progress_bar
 
 from ..callback import logits_of
 from ..core import as_series, escape_name, evaluating, finished, first_line, item_at
 from ..core import read_csv, save_csv, unescape_name
-from ..items import image_identities, image_identity, listed
+from ..items import image_fingerprint, image_identities, image_identity, listed, rows_of
 from ..labeled import WeakTransform
 from fixmatch_fastai.self_training.soft_labels import (
     LogitsMSELoss, SoftCategory, SoftCrossEntropyLoss, SoftLabel, present_classes
@@ -141,24 +141,58 @@ def weights_fingerprint(
 
 def _file_or_number(item, i): return str(item) if isinstance(item, (str,Path)) else i
 
-def _call_fingerprint(learn, items, *options):
+# %% ../../nbs/self_training/02_table.ipynb #72d39d1a
+def _first_image(learn, views, most=100):
+    "The first image that can be opened, of the first `most`, as it is and as the model gets it"
+    with no_random(reproducible=False):
+        opened = (views[i][1] for i in range(min(len(views), most)))
+        x = next((o for o in opened if not isinstance(o, str)), None)
+        if x is None: return None
+        finished_x = finished(to_device(x, next(learn.model.parameters()).device), learn.dls)
+    # another device rounds in another way
+    return np.asarray(x.cpu()).tobytes(),finished_x.shape,*(round(o.item(), 3) for o in torch.std_mean(finished_x))
+
+def _call_fingerprint(learn, items, vocab, soft, tta)->bytes: # 16
     "Tells calls apart whose predictions must not be mixed"
-    found = zlib.crc32(repr(options).encode())
-    if not hasattr(items, 'iloc'):
-        for o in items: found = zlib.crc32(str(_file_or_number(o, '')).encode(errors='backslashreplace'), found)
-    return weights_fingerprint(learn.model, found)
+    found,dl = hashlib.blake2b(digest_size=16),learn.dls.test_dl(items)
+    def add(o): found.update(repr(o).encode()+b'\n')
+    for o in (soft, tta, [*vocab], len(items), list(getattr(items, 'index', ())) if hasattr(items, 'iloc') else None):
+        add(o)
+    add(re.sub(r' at 0x\w+', '', repr(learn.model))) # an address is another in each process
+    add(weights_fingerprint(learn.model))
+    add(_first_image(learn, _OpenedViews(dl, 4 if tta else 0)))
+    for o in rows_of(items): add(image_fingerprint(dl.dataset, o))
+    return found.digest()
 
 # %% ../../nbs/self_training/02_table.ipynb #e893f994
 class _KnownRows:
     "What is known of each image, in their order: all in `rows`, and those that are known in `file` too, where given"
-    def __init__(self, n, n_columns, file=None):
-        self.rows = np.zeros(n, [('target','i4'), ('confidence','f4'), ('soft','f4',(n_columns,))])
+    def __init__(self, n, n_columns, file=None, fingerprint=b''):
+        columns = [('target','i4'), ('confidence','f4'), ('soft','f4',(n_columns,)), ('checksum','u4')]
+        self.rows = np.zeros(n, columns)
         self.n_known,self.file = 0,None if file is None else file.open('a+b')
         if file is None: return
+        self.fingerprint = fingerprint
+        if self._read(): return
+        self.n_known = 0
+        self.file.truncate(0)
+        self.file.write(fingerprint)
+
+    def _read(self):
+        "Take over the rows of the file; false where it is new or damaged"
+        size = self.file.seek(0, os.SEEK_END)
+        if size == 0: return False
         self.file.seek(0)
-        self.n_known = self.file.readinto(self.rows.view('u1'))//self.rows.itemsize
-        self.file.truncate(self.n_known*self.rows.itemsize) # a row that is not whole is made anew
-        self.rows[self.n_known:] = np.zeros((), self.rows.dtype)
+        ours = self.file.read(len(self.fingerprint)) == self.fingerprint
+        self.n_known,torn = divmod(self.file.readinto(self.rows.view('u1')), self.rows.itemsize)
+        whole = all(self.rows['checksum'][i] == self._checksum(i) for i in range(self.n_known))
+        ours = ours and whole and self.file.tell() == size
+        if ours: self.file.truncate(size-torn) # a row that is not whole is made anew
+        else: warnings.warn(f"{self.file.name} is damaged, so all images are predicted anew.", stacklevel=5)
+        self.rows[self.n_known if ours else 0:] = np.zeros((), self.rows.dtype)
+        return ours
+
+    def _checksum(self, i): return zlib.crc32(self.rows[i:i+1].view('u1')[:-4], i)
 
     def add(self, probs, soft):
         "The next image: its probabilities, and its soft label; `None` for one that can't be opened"
@@ -166,6 +200,7 @@ class _KnownRows:
         if probs is None: row['target'] = -1
         else: row['confidence'],row['target'] = (float(o) for o in probs.max(0))
         if probs is not None and row['soft'].size: row['soft'] = soft.numpy()
+        row['checksum'] = self._checksum(self.n_known)
         self.n_known += 1
         if self.file is not None: self.file.write(row.tobytes())
 
@@ -209,11 +244,26 @@ def _warn_of_table(df, rows, errors, items, threshold):
         warnings.warn(f"No pseudo-label is kept: the largest confidence is {rows['confidence'].max():.3f}{limit}.",
                       stacklevel=3)
 
+def _parts(out):
+    "The `.part` files beside a table, of this call and of others"
+    return [o for o in out.parent.iterdir() if re.fullmatch(re.escape(out.name)+r'\.[0-9a-f]{8}\.part', o.name)]
+
+def _known_rows(learn, items, vocab, soft, tta, out):
+    "What an interrupted call knew, where it was the same"
+    n,n_columns = len(items),len(vocab)*bool(soft)
+    if out is None: return _KnownRows(n, n_columns)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fingerprint = _call_fingerprint(learn, items, vocab, soft, tta)
+    part = out.with_name(f'{out.name}.{fingerprint.hex()[:8]}.part')
+    if (others := _parts(out)) and part not in others:
+        warnings.warn(f"{others[0]} is of a call with other images, another learner or other options, so all images "
+                      "are predicted anew.", stacklevel=3)
+    return _KnownRows(n, n_columns, part, fingerprint)
+
 def _write_table(df, out):
-    "Write it, and remove the `.part` files of other teachers too, which nobody will go on with"
+    "Write it, and remove the `.part` files of other calls too, which nobody will go on with"
     save_csv(df, out)
-    for o in out.parent.iterdir():
-        if re.fullmatch(re.escape(out.name)+r'\.[0-9a-f]{8}\.part', o.name): o.unlink()
+    for o in _parts(out): o.unlink()
 
 # %% ../../nbs/self_training/02_table.ipynb #e2a4fb83
 def _add_predictions(known, learn, items, n_classes, soft, **kwargs):
@@ -252,12 +302,8 @@ def pseudo_label(
     check_count('bs', bs)
     out = None if out is None else Path(out)
     _check_table_options(out, soft, tta)
-    part = None
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(f'{out.name}.{_call_fingerprint(learn, items, soft, tta, *vocab):08x}.part')
     if num_workers is None: num_workers = learn.dls.valid.fake_l.num_workers
-    known = _KnownRows(len(items), len(vocab)*bool(soft), part)
+    known = _known_rows(learn, items, vocab, soft, tta, out)
     try: errors = _add_predictions(known, learn, items, len(vocab), soft, tta=tta, bs=bs, num_workers=num_workers)
     finally: known.close()
     df = _as_table(items, known.rows, _kept_rows(known.rows, threshold, top_k_per_class), vocab, soft)
@@ -271,12 +317,15 @@ def read_pseudo_labels(
     vocab=None # The classes, where these are no text: numbers for example
 )->pd.DataFrame:
     "A table of pseudo-labels as it was written"
-    df = read_csv(file, dtype=dict(predicted=str), keep_default_na=False, float_precision='round_trip')
+    wrong = f"{file} is no table of pseudo-labels: "
+    try: df = read_csv(file, dtype=dict(predicted=str), keep_default_na=False, float_precision='round_trip')
+    except ValueError as e: raise ValueError(f"{wrong}{first_line(e)}.") from e
     if not {'file','predicted','confidence'} <= set(df.columns):
-        raise ValueError(f"{file} is no table of pseudo-labels: it has the columns "
-                         f"{', '.join(map(str, df.columns[:5]))}, and not `file`, `predicted` and `confidence`.")
+        raise ValueError(f"{wrong}it has the columns {', '.join(map(str, df.columns[:5]))}, and not `file`, "
+                         "`predicted` and `confidence`.")
     numbers = ['confidence'] + [o for o in df.columns if o.startswith(('prob_','logit_'))]
-    df[numbers] = df[numbers].astype('float32')
+    try: df[numbers] = df[numbers].astype('float32')
+    except ValueError as e: raise ValueError(f"{wrong}{first_line(e)}.") from e
     # the index, of `to_csv` without `index=False`
     df = df.drop(columns=[o for o in df.columns if o.startswith('Unnamed: ')])
     if vocab is not None: df['predicted'] = df.predicted.map({str(o): o for o in vocab})
@@ -343,6 +392,14 @@ class MixedImages(GetAttr):
         return x,present_classes(y, self.labeled.vocab) if y.dtype == torch.bool else category
 
 # %% ../../nbs/self_training/02_table.ipynb #c44565a1
+class _Files:
+    "Paths of files, made of their names as they are needed: a path kept takes 300 bytes"
+    def __init__(self, names): self.names = names # a column
+    def __len__(self): return len(self.names)
+    def __iter__(self): return map(Path, self.names)
+    def __getitem__(self, i): return Path(self.names.iloc[i])
+    def __array__(self, *args, **kwargs): return np.array([*self], dtype=object) # so fastai makes no list of it
+
 def _named_images(table, items):
     "Images that the rows of a table name"
     if hasattr(items, 'iloc'): return items.loc[list(table.file)]
@@ -352,6 +409,7 @@ def _named_images(table, items):
     if numbers and not 0 <= min(numbers) <= max(numbers) < len(items):
         raise ValueError(f"The table names image {max(numbers)}, but `items` has {len(items)}: "
                          "give those that `pseudo_label` was given.")
+    if not numbers: return _Files(table.file)
     return [items[o] if not isinstance(o, (str,Path)) else Path(o) for o in table.file]
 
 def rows_to_train_on(
@@ -363,8 +421,11 @@ def rows_to_train_on(
     "Rows of `table`, and their images, that are not validated on and, where `labeled`, not labelled already"
     ds,images = dls.valid.dataset,_named_images(table, items)
     known = image_identities(ds) | (image_identities(dls.train.dataset) if labeled else set())
-    idxs = [i for i in range(len(table)) if image_identity(ds, item_at(images, i)) not in known]
-    return table.iloc[idxs],images.iloc[idxs] if hasattr(images, 'iloc') else [images[i] for i in idxs]
+    new = (image_identity(ds, o) not in known for o in rows_of(images))
+    idxs = np.flatnonzero(np.fromiter(new, bool, len(table)))
+    table = table.iloc[idxs]
+    if isinstance(images, _Files): return table,_Files(table.file)
+    return table,images.iloc[idxs] if hasattr(images, 'iloc') else [images[i] for i in idxs]
 
 # %% ../../nbs/self_training/02_table.ipynb #94763b60
 def _targets(table, vocab, labeled):
@@ -412,7 +473,8 @@ def with_pseudo_labels(
     bs:int=None,
     items=None           # What `pseudo_label` was given, where the table has numbers and no files
 )->DataLoaders: # Targets are (B, C) in training where the table has probabilities
-    "`dls` whose training images are the labelled ones and those of the table"
+    """`dls` whose training images are the labelled ones and those of the table; of each of these it keeps its name in
+    the table and 8 bytes, or 4 for each class"""
     _check_table(table)
     check_mixing(dls, mu, strong)
     check_count('bs', bs)

@@ -76,7 +76,7 @@ def _split_images(items, dls, size, valid_pct, seed):
         dataset = dls.valid.dataset
     else: dataset = test_set(unwrap_dl(dls.valid).dataset, items)
     n_valid = min(max(1, round(valid_pct*len(items))), len(items)-1)
-    order = np.random.default_rng(seed).permutation(len(items)).tolist()
+    order = np.random.default_rng(seed).permutation(len(items))
     return _SquareImages(dataset, dls),order[n_valid:],order[:n_valid],dls
 
 def _batches(dsets, dls, bs, batch_tfms, num_workers):
@@ -92,6 +92,13 @@ def _batches(dsets, dls, bs, batch_tfms, num_workers):
 _turns = {0: None, 90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 
 def _degrees(k): return list(_turns)[k%4]
+
+class _Turns:
+    "Numbers 4·i+turn of the images `idxs`, in all four turns; 8 bytes an image"
+    def __init__(self, idxs): self.idxs = idxs
+    def __len__(self): return 4*len(self.idxs)
+    def __getitem__(self, k): return 4*int(self.idxs[k//4]) + k%4 # a number, as fastai would take a tuple apart
+    def __array__(self, *args, **kwargs): return np.array([*self]) # so fastai makes no list of it
 
 class _TurnImage(Transform):
     "Image k//4, turned by a quarter k%4 times"
@@ -112,14 +119,12 @@ def rotation_dls(
 # Batches of images (bs, channels, size, size) and classes (bs,); `vocab` is 0, 90, 180, 270
 )->DataLoaders:
     """`DataLoaders` of `items` in all four turns, to learn which turn it is
-    ([Gidaris et al. 2018](https://arxiv.org/abs/1803.07728))"""
+    ([Gidaris et al. 2018](https://arxiv.org/abs/1803.07728)); 16 bytes an image beside `items`"""
     images,train,valid,dls = _split_images(items, dls, size, valid_pct, seed)
-    n = 4*len(train)
-    ks = [4*i+turn for i in train+valid for turn in range(4)] # numbers, as fastai would take a tuple apart
-    categorize = Categorize(vocab=list(_turns), sort=False)
-    splits = [list(range(n)), list(range(n, len(ks)))]
-    dsets = Datasets(ks, [[_TurnImage(images)], [_degrees,categorize]], splits=splits)
-    return _batches((dsets.train,dsets.valid), dls, bs, batch_tfms, num_workers)
+    tfms = [_TurnImage(images)],[_degrees,Categorize(vocab=list(_turns), sort=False)]
+    tls,parts = [TfmdLists([_Turns(train)[0]], o) for o in tfms],map(_Turns, (train,valid))
+    dsets = [Datasets(tls=[tl._new(o, split_idx=i) for tl in tls]) for i,o in enumerate(parts)]
+    return _batches(dsets, dls, bs, batch_tfms, num_workers)
 
 # %% ../../nbs/self_training/06_warm_start.ipynb #a40e0a90
 class _HideSquare:
@@ -131,7 +136,7 @@ class _HideSquare:
         x = np.array(img)
         n = x.shape[0]
         side = max(1, round(self.share*n))
-        top,left = (random.Random(i) if i in self.fixed else random).choices(range(n-side+1), k=2)
+        top,left = (random.Random(i) if self.fixed[i] else random).choices(range(n-side+1), k=2)
         mask = np.zeros((n,n), dtype=np.uint8)
         mask[top:top+side, left:left+side] = 1
         hidden = x.copy()
@@ -143,7 +148,7 @@ class _MaskedImages:
     n_inp = 1
     def __init__(self, idxs, tfm): self.items,self.tfm = idxs,tfm
     def __len__(self): return len(self.items)
-    def __getitem__(self, k): return self.tfm(self.items[k])
+    def __getitem__(self, k): return self.tfm(int(self.items[k]))
     def new_empty(self): return type(self)([], self.tfm)
 
 # %% ../../nbs/self_training/06_warm_start.ipynb #611f17dc
@@ -165,7 +170,9 @@ def inpainting_dls(
         raise ValueError("`mask` is the hidden square's side as a share of the image's, above 0 and below 1, "
                          f"but got {mask}.")
     images,train,valid,dls = _split_images(items, dls, size, valid_pct, seed)
-    tfm = _HideSquare(images, mask, frozenset(valid))
+    fixed = np.zeros(len(images), dtype=bool)
+    fixed[valid] = True
+    tfm = _HideSquare(images, mask, fixed)
     return _batches((_MaskedImages(train, tfm),_MaskedImages(valid, tfm)), dls, bs, batch_tfms, num_workers)
 
 def inpainting_loss(
