@@ -10,6 +10,8 @@ import warnings
 from copy import copy,deepcopy
 from dataclasses import dataclass,replace
 from functools import partial
+from math import isfinite
+from numbers import Real
 
 import pandas as pd
 import torch
@@ -48,9 +50,9 @@ def own_loss(learn):
 # %% ../nbs/04_callback.ipynb #b2bb843f
 def _check_lambda_u(lambda_u):
     at = map(lambda_u, (0.,.5,1.)) if callable(lambda_u) else [lambda_u]
-    if all(o >= 0 for o in at): return
-    found = " throughout." if callable(lambda_u) else f", but got {lambda_u}."
-    raise ValueError("`lambda_u`, the weight of the unlabelled loss, must be 0 or more" + found)
+    if all(isinstance(o, (Real,Tensor)) and not isinstance(o, bool) and isfinite(o) and o >= 0 for o in at): return
+    found = " throughout." if callable(lambda_u) else f", but got {lambda_u!r}."
+    raise ValueError("`lambda_u`, the weight of the unlabelled loss, must be a finite number, 0 or more" + found)
 
 def _kind_of(o): return f'the class {o.__name__}' if isinstance(o, type) else f'a {type(o).__name__}'
 
@@ -435,13 +437,11 @@ def rehearsal(self:FixMatch, learn, batch)->FixMatch:
     return twin
 
 @patch
-def load_policy(self:FixMatch, memory:dict, n_classes:int, trial:bool=False):
-    "Give our policy, or a copy of it on `trial`, a memory for `n_classes`; these are `None` where none was set up yet"
-    policy = deepcopy(self.policy) if trial else self.policy
+def load_policy(self:FixMatch, memory:dict, n_classes:int):
+    "Give our policy a memory for `n_classes`; these are `None` where none was set up yet"
     # if it is not set up, the first unlabelled batch makes a memory anew
-    policy.load_state_dict(memory, strict=n_classes is not None)
-    setup = None if n_classes is None else self.set_up(policy, n_classes)
-    if not trial: self._setup = setup
+    self.policy.load_state_dict(memory, strict=n_classes is not None)
+    self._setup = None if n_classes is None else self.set_up(self.policy, n_classes)
 
 @patch
 def decide(self:FixMatch, batch:SemiBatch)->PseudoLabels:

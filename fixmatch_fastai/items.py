@@ -25,8 +25,9 @@ def _is_one_image(o):
 
 def _check_listed(items):
     if isinstance(items, (str,Path)):
-        raise TypeError(f"`items` must be images, not the folder {str(items)!r}: "
-                        f"use `get_image_files({str(items)!r})`, or `[file]` for one.")
+        name = repr(str(items))
+        what,use = ('file',f'[{name}]') if Path(items).is_file() else ('folder',f'get_image_files({name})')
+        raise TypeError(f"`items` must be a list of images, not the {what} {name}: use `{use}`.")
     if isinstance(items, Mapping):
         raise TypeError("`items` must be a list of images, but is a dict: use for example `list(items.values())`.")
     if isinstance(items, bytes) or not hasattr(items, '__iter__') or _is_one_image(items):

@@ -23,8 +23,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
 
-from .policy import Memory, Policy, PseudoLabels, Unseen, all_rows, check_above_0, check_range
-from .policy import finite_rows, only_logits, sum_rows
+from .policy import Memory, Policy, PseudoLabels, Unseen, all_rows, check_above_0, check_count
+from .policy import check_range, finite_rows, only_logits, sum_rows
 
 # %% ../nbs/03_uncertainty.ipynb #b874ea07
 def _one_pass(probs, score):
@@ -189,7 +189,7 @@ class MCDropout(Policy):
     ):
         super().__init__()
         self.score,self.at_most = _check_score(score, (2,2,4)),_check_at_most(at_most)
-        self.n_passes = check_range('n_passes', n_passes, 2)
+        self.n_passes = check_count('n_passes', n_passes, 2)
 
     def setup(self, n_classes, n_unlabeled, model): self._net,self._differs = Unseen(model),None
 
@@ -352,7 +352,7 @@ class FeatureDensity(Policy):
         n_recent:int=512     # How many labelled images are recent, 1 or more
     ):
         super().__init__()
-        self.quantile,self.n_recent = check_range('quantile', quantile, 0, 1),check_range('n_recent', n_recent, 1)
+        self.quantile,self.n_recent = check_range('quantile', quantile, 0, 1),check_count('n_recent', n_recent, 1)
         self.gaussians = ClassGaussians(decay, shrink)
 
     def setup(self, n_classes, n_unlabeled, model):
@@ -456,7 +456,7 @@ class ValidatedThreshold(Policy):
         if not (0 < target < 1 and 0 < bound < 1):
             raise ValueError(f"`target` and `bound` must be above 0 and below 1, but got {target} and {bound}.")
         self.target,self.bound = target,bound
-        self.every,self.score = check_range('every', every, 1),_check_score(score, (2,4))
+        self.every,self.score = check_count('every', every, 1),_check_score(score, (2,4))
         self._held_out = Unseen(held_out)
 
     def setup(self, n_classes, n_unlabeled, model):

@@ -199,6 +199,12 @@ def test_lambda_u_as_a_schedule(make_learner):
         FixMatch([], lambda_u=SchedLin(1, -1))
 
 
+@pytest.mark.parametrize('lambda_u', [-1, float('inf'), float('nan'), True, '1', None])
+def test_weight_that_is_none(lambda_u):
+    with pytest.raises(ValueError, match='`lambda_u`.* must be a finite number, 0 or more, but got'):
+        FixMatch([], lambda_u=lambda_u)
+
+
 # --- the policy
 
 

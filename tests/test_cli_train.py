@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from fixmatch_fastai.cli import learner as learner_room
 from fixmatch_fastai.cli.check import check_command
+from fixmatch_fastai.cli.learner import network_named
 from fixmatch_fastai.cli.folders import find_images, split_valid
 from fixmatch_fastai.cli.options import Options, policies
 from fixmatch_fastai.cli.train import fixmatch_train
@@ -273,6 +274,10 @@ def test_files_that_hold_no_weights(name, there, weights, tmp_path, capsys):
     assert not (tmp_path / 'run').exists()
 
 
+def test_networks_that_are_offered_are_known():
+    assert network_named('xresnet18')(n_out=3) is not None and network_named('resnet18').__name__ == 'resnet18'
+
+
 # Mistakes: a sentence, exit code 2, and nothing is written
 
 BAD = {  # options, beside those of good folders, and what is answered
@@ -285,7 +290,7 @@ BAD = {  # options, beside those of good folders, and what is answered
     'damaged label': ('--labeled damaged', "damaged/b/cut.png can't be opened"),
     'other classes': ('--valid strange', "a class 'strange' that --labeled has not"),
     'the same images': ('--valid labeled', 'share images'),
-    'arch': ('--arch resnet81', 'did you mean resnet'),
+    'arch': ('--arch xresnet81', 'did you mean xresnet18'),
     'policy': ('--policy flexmach', 'did you mean flexmatch'),
     'threshold': ('--threshold 95', 'between 0 and 1'),
     'threshold of softmatch': ('--policy softmatch --threshold 0.9', 'finds its own'),

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import shutil
 from multiprocessing import context
 from pathlib import Path
 from urllib.error import URLError
@@ -288,8 +289,10 @@ def test_images_by_class(folder):
     Image.new('RGB', (16, 16)).save(folder / 'train/.hidden/0.png')
     assert class_files(folder / 'train') == found
     assert list(class_files(folder / 'unlabeled', recurse=True)) == ['where'], 'the innermost folder'
+    shutil.copytree(folder / 'train', folder / 'deeper' / 'all')
     for o, sentence in (
         (folder / 'unlabeled', 'holds no folder with images: put the images of each class in a folder of their own'),
+        (folder / 'deeper', r'holds no folder with images, but .*deeper/all does: give that'),
         (folder / 'nothing', 'is not a folder: give one that holds a folder of images for each class'),
     ):
         with pytest.raises(CommandError, match=f'^{re.escape(str(o))} {sentence}'):

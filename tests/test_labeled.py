@@ -104,7 +104,11 @@ def test_split_labeled_of_a_column_and_of_a_set(digits):
     assert isinstance(labeled, pd.Series) and {*labeled} == {*expected} and {*unlabeled} == {*rest}
     assert split_labeled({*digits[::10]}, parent_label, 20) == (expected.sorted(), rest.sorted())
     assert split_labeled(iter(digits[::10]), parent_label, 20) == (expected, rest)
-    for items, says in ((dict.fromkeys(digits), 'is a dict'), (str(digits[0].parent), 'not the folder')):
+    for items, says in (
+        (dict.fromkeys(digits), 'is a dict'),
+        (str(digits[0].parent), 'not the folder'),
+        (str(digits[0]), 'not the file'),
+    ):
         with pytest.raises(TypeError, match=says):
             split_labeled(items, parent_label, 20)
 

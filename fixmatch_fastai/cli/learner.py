@@ -9,7 +9,7 @@ __all__ = ['policy_named', 'network_named', 'check_names', 'make_dataloaders', '
 import inspect
 
 import timm
-from fastai.vision.all import Learner, Resize, accuracy, imagenet_stats, model_meta, models, set_seed, vision_learner
+from fastai.vision.all import Learner, Resize, accuracy, imagenet_stats, model_meta, set_seed, vision_learner
 from .. import data # noqa: F401  `dls.unlabeled_dl`
 from ..augment import FixMatchBatchTransform, FixMatchTransform, weak_augment
 from ..callback import FixMatch
@@ -35,12 +35,12 @@ def policy_named(name, threshold=None):
     except ValueError as e: raise CommandError(f"--threshold: {e}") from e
 
 def network_named(name):
-    "A function of torchvision's that `vision_learner` knows, or a name of timm's"
-    arch = getattr(models, name, None)
-    if callable(arch) and arch in model_meta: return arch
+    "A function that `vision_learner` knows, of torchvision's or fastai's, or a name of timm's"
+    known = {o.__name__: o for o in model_meta}
+    if name in known: return known[name]
     if timm.is_model(name): return name
     common = ['resnet18','resnet34','resnet50','convnext_tiny','efficientnet_b0']
-    raise unknown_name('--arch', name, common + sorted({*timm.list_models(), *(o.__name__ for o in model_meta)}))
+    raise unknown_name('--arch', name, common + sorted({*timm.list_models(), *known}))
 
 def check_names(options:Options):
     "Look up policy and network: at once, before images are looked for"

@@ -133,6 +133,9 @@ def class_files(
         if o.name in system_folders: continue
         for file in image_files(o, recurse=recurse): found.setdefault(file.parent.name, []).append(file)
     if found: return {k: L(v) for k,v in found.items()}
+    for o in sorted(folder.iterdir()): # as train and test beside each other
+        if o.is_dir() and len({file.parent for file in image_files(o) if file.parent.parent == o}) > 1:
+            raise CommandError(f"{folder} holds no folder with images, but {o} does: give that.")
     raise CommandError(f"{folder} holds no folder with images: put the images of each class in a folder of their own, "
                        f"as in {folder/'cat'/'1.jpg'}.")
 
