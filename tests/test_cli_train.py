@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from fixmatch_fastai.cli import learner as learner_room
 from fixmatch_fastai.cli.check import check_command
-from fixmatch_fastai.cli.learner import network_named
 from fixmatch_fastai.cli.folders import find_images, split_valid
+from fixmatch_fastai.cli.learner import network_named
 from fixmatch_fastai.cli.options import Options, policies
 from fixmatch_fastai.cli.train import fixmatch_train
 from fixmatch_fastai.cli.training import Training, fit
