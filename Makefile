@@ -8,7 +8,7 @@ LONG := ^(cifar10|first_run|multi_label|own_policy|photos|warm_start|when_it_doe
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test lint check links wheel notebooks nightly unit quick test-compat hooks release matrix bench \
-  bench-photos bench-policies bench-self-training outputs docs pages readme export format clean
+  bench-photos bench-policies bench-self-training torture outputs docs pages readme export format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -73,6 +73,9 @@ bench-policies: $(READY) ## Measure every policy (an hour on two cores); ARGS="-
 
 bench-self-training: $(READY) ## Measure self-training beside FixMatch (an hour); ARGS="--only 'Noisy Student'"
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/self_training.py $(ARGS)
+
+torture: $(READY) ## Try to lose work: kill -9, Ctrl-C, damaged files, full disks (8 minutes); ARGS="--only kill"
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture.py $(ARGS)
 
 outputs: $(READY) ## Run all notebooks in Jupyter and save what they show
 	@OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
