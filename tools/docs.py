@@ -41,6 +41,7 @@ TEXTS = {
     'benchmarks/self_training.md': 'docs/self_training.md',
     'benchmarks/results.md': 'docs/speed.md',
     'benchmarks/matrix.md': 'docs/matrix.md',
+    'benchmarks/torture.md': 'docs/torture.md',
 }  # pages that are not notebooks
 README_PICTURES = ('docs/images/index/', 'docs/images/badges/')
 PICTURES = {'benchmarks/photos.png': 'docs/images/photos.png'}  # and pictures that are no cell's
