@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/08a_weights.ipynb #01b6cd7a
-import json
+import hashlib,json
 from functools import wraps
 from pathlib import Path
 
@@ -40,6 +40,13 @@ def _vocab(learn):
     return None if vocab is None else [str(o) for o in vocab]
 
 # %% ../nbs/08a_weights.ipynb #a963a3b7
+def _checksum(state, vocab):
+    found = hashlib.blake2b(_json(vocab).encode(), digest_size=16)
+    for name in sorted(state):
+        found.update(name.encode(errors='surrogatepass'))
+        found.update(state[name].flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
 @patch
 def save_weights(self:Learner,
     file # Its name in `learn.path/learn.model_dir`, or a path
@@ -51,7 +58,8 @@ def save_weights(self:Learner,
     if vocab: text['vocab'] = _json(vocab)
     state = {plain_name(k): v for k,v in get_model(self.model).state_dict().items()}
     plain = lambda v: v.detach().cpu().as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
-    with replacing(file) as tmp: save_file({name: plain(state[name]) for name,*_ in _tied_names(state)}, tmp, text)
+    state = {name: plain(state[name]) for name,*_ in _tied_names(state)}
+    with replacing(file) as tmp: save_file(state, tmp, {**text, 'checksum': _checksum(state, vocab or None)})
     return file
 
 # %% ../nbs/08a_weights.ipynb #861cd69a
@@ -65,10 +73,19 @@ def _read_weights(file)->tuple: # Tensors by name, text by name
         raise ValueError(f"The file {file.name} can't be read as safetensors, it is damaged or something else: "
                          "get or save it again, with `learn.save_weights`.") from e
 
+def _saved_vocab(text):
+    try: return json.loads(text.get('vocab', 'null'))
+    except (ValueError,RecursionError): return None
+
+def _check_whole(file, tensors, text):
+    "One bit that is turned is a weight like any other: files of version 0.1.0 and of others have no checksum"
+    if 'checksum' not in text or text['checksum'] == _checksum(tensors, _saved_vocab(text)): return
+    raise ValueError(f"The file {file.name} is damaged, it is not as it was saved: "
+                     "get or save it again, with `learn.save_weights`.")
+
 def _check_classes(file, text, own):
     if 'vocab' not in text: return
-    try: saved = json.loads(text['vocab'])
-    except (ValueError,RecursionError): saved = None
+    saved = _saved_vocab(text)
     if not saved or not isinstance(saved, list) or not all(isinstance(o, str) for o in saved):
         raise ValueError(f"The names of the classes in {file.name} are empty or damaged: "
                          "get or save it again, with `learn.save_weights`, or use `strict=False`.")
@@ -105,6 +122,7 @@ def load_weights(self:Learner,
     distrib_barrier()
     file,net = _weights_file(self, file),get_model(self.model)
     found,text = _read_weights(file)
+    _check_whole(file, found, text)
     if strict: _check_classes(file, text, _vocab(self))
     own = {plain_name(k): v for k,v in net.state_dict().items()}
     tied = {name: names for names in _tied_names(own) for name in names}

@@ -56,7 +56,9 @@ def test_weights_there_and_back(tmp_path):
     same(weights(other), weights(learn))
     same(weights(learn), dict(learn.model_ema.ema.module.state_dict()))  # the average is what was saved
     with safe_open(file, 'pt') as f:
-        assert f.metadata() == dict(format='pt', vocab=json.dumps([*'0123456789']), fixmatch_fastai=__version__)
+        text = f.metadata()
+    assert len(text.pop('checksum')) == 32
+    assert text == dict(format='pt', vocab=json.dumps([*'0123456789']), fixmatch_fastai=__version__)
     other.load_weights('w.safetensors')
     assert learn.save_weights(tmp_path / 'x.safetensors') == tmp_path / 'x.safetensors'
 
@@ -263,7 +265,7 @@ def test_no_weight_in_common(tmp_path):
 
 
 def test_bytes_that_were_changed(tmp_path):
-    "Each is refused in one sentence, or it gives finite weights; the learner is never half loaded"
+    "Each is refused in one sentence, or they tell nothing of the weights; the learner is never half loaded"
     learn, other = build(tmp_path), build(tmp_path, seed=3)
     file = learn.save_weights('w')
     good, before, rng = file.read_bytes(), weights(other), random.Random(0)
@@ -279,7 +281,8 @@ def test_bytes_that_were_changed(tmp_path):
             refused += 1
             assert '\n' not in str(e) and 'w.safetensors' in str(e)
             same(weights(other), before)
-        assert all(v.isfinite().all() for v in weights(other).values())
+        else:
+            same(weights(other), weights(learn))
         other.model.load_state_dict(before)
     assert refused > 20
 
