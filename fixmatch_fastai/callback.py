@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .batch import (Step, check_decision, check_labeled, check_loader, check_logits, check_losses,
                                    check_target, check_views, interleaved, kept_rows, tells_truth, unpack)
+from .around import AroundEpochs
 from .core import batch_size_of, endless, evaluating, finished, not_to_predict
 from .policy import FixedThreshold, Policy, PseudoLabels, SemiBatch, alone, masked
 from .record import SemiRecorder
@@ -182,6 +183,7 @@ class FixMatch(Callback):
         self._clean_up()
         self._seat_teacher()
         if not self.create_mbar: return self._recorder.start() # in `validate` and `get_preds`
+        AroundEpochs.add(self)
         known = self.unlabeled_dl is not None and tells_truth(self.unlabeled_dl, self.policy.multi_label, self.dls)
         self._recorder.start(['loss_x','loss_u','mask_rate'] + ['pseudo_acc']*known)
 
@@ -202,6 +204,7 @@ class FixMatch(Callback):
     def after_epoch(self): self._put_back()
 
     def after_fit(self):
+        if self.create_mbar: AroundEpochs.remove(self.learn)
         self._clean_up()
         self._warn_of_damaged()
 
@@ -367,10 +370,20 @@ def _put_back(self:FixMatch):
 def _clean_up(self:FixMatch):
     "Close the stream, and undo what an interrupt left"
     self._put_back()
-    if self.stream is not None: self.stream.close()
-    self.stream = None
     if self._before_lr_find is not None: self.policy.load_state_dict(self._before_lr_find)
+    stream,self.stream = self.stream,None
     self._before_lr_find = None
+    if stream is not None: stream.close()
+
+@patch
+def around_epoch(self:FixMatch, run):
+    "Where this epoch is the last, also by Ctrl-C or an error, no worker, file or shared memory is kept"
+    try: run()
+    except BaseException as e:
+        self._clean_up()
+        if not isinstance(e, Exception): self.learn._end_cleanup() # after an error people look at the batch
+        raise
+    if self.epoch+1 == self.n_epoch: self._clean_up()
 
 # %% ../nbs/04_callback.ipynb #30e0a3a5
 @patch(as_prop=True)

@@ -22,6 +22,7 @@ from fastai.vision.data import get_grid
 from fastcore.xtras import truncstr
 from PIL import Image
 
+from .around import ignore_ctrl_c
 from .augment import FixMatchTransform, to_view_mode, uint8_tensor
 from .core import describe, escape_name, item_at, not_to_predict, processes
 from .items import listed, rows_of
@@ -284,7 +285,7 @@ def stream(self:UnlabeledDL,
     sampler = EndlessSampler(len(views), bs, self.shuffle, start, rank, world)
     it = iter(torch.utils.data.DataLoader(range(len(views)), batch_sampler=sampler, collate_fn=views.batch,
                                           num_workers=self.fake_l.num_workers, pin_memory=self.pin_memory,
-                                          timeout=self.timeout, **opts))
+                                          timeout=self.timeout, worker_init_fn=ignore_ctrl_c, **opts))
     try:
         for n,(batch,damaged) in enumerate(it, 1):
             self._damaged.update(damaged)

@@ -14,8 +14,8 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_basics import first, get_model, patch, rank_distrib, store_attr
 
 from .. import __version__
+from ..around import AroundEpochs
 from ..callback import FixMatch
-from ..checkpoint import AroundEpochs
 from ..core import escape_name, first_line, len_of
 from ..ema import ModelEMA
 
