@@ -6,35 +6,35 @@
 __all__ = ['CtrlC', 'ignore_ctrl_c', 'AroundEpochs']
 
 # %% ../nbs/00f_around.ipynb #a4bdbb60
-import os,signal,threading
+import _thread,os,signal,threading,time
 from functools import partial
 
 from fastcore.basics import noop
 
 # %% ../nbs/00f_around.ipynb #22ddd558
+def _would_drop(frame)->bool:
+    "Does Python print an exception that is raised there, and go on? So it does in `__del__`, and where it forks"
+    while frame is not None and frame.f_code.co_name not in ('__del__','_launch'): frame = frame.f_back
+    return frame is not None
+
 class CtrlC:
     "Within it, Ctrl-C is for this process alone, and not for workers that are forked"
-    lost = False # was a KeyboardInterrupt raised? It ends this, unless Python dropped it
-
     def __enter__(self):
         self.pid,self.before = os.getpid(),signal.getsignal(signal.SIGINT)
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and callable(self.before): signal.signal(signal.SIGINT, self.handle)
-        return self
 
     def __exit__(self, *args):
         if signal.getsignal(signal.SIGINT) == self.handle: signal.signal(signal.SIGINT, self.before)
 
     def handle(self, number, frame):
         if os.getpid() != self.pid: return
-        try: self.before(number, frame)
-        except KeyboardInterrupt:
-            self.lost = True
-            raise
+        if _would_drop(frame): _thread.start_new_thread(self.again, ()) # without the locks that a `Thread` takes
+        else: self.before(number, frame)
 
-    def check(self):
-        "Raise the KeyboardInterrupt that Python dropped"
-        if self.lost: raise KeyboardInterrupt
+    def again(self):
+        time.sleep(0.05)
+        _thread.interrupt_main()
 
 def ignore_ctrl_c(worker=None):
     "For workers that are not forked, as on Windows: they begin with a handler of their own"
@@ -43,11 +43,7 @@ def ignore_ctrl_c(worker=None):
 # %% ../nbs/00f_around.ipynb #5163f92a
 class AroundEpochs:
     "In the place of `learn._with_events` during a fit: each epoch is run by its callbacks' `around_epoch(run)`"
-    ctrl_c = CtrlC() # of the epoch that runs
-
     def __init__(self, learn): self.learn,self.cbs = learn,[]
-
-    def __getstate__(self): return dict(learn=self.learn, cbs=self.cbs) # a notebook's handler can't be pickled
 
     @classmethod
     def add(cls, cb):
@@ -64,14 +60,10 @@ class AroundEpochs:
     def __call__(self, f, event_type, ex, final=noop):
         run = partial(type(self.learn)._with_events, self.learn, f, event_type, ex, final)
         if event_type == 'fit': self.remove(self.learn) # left by a fit that ended before its first epoch
-        elif event_type == 'epoch': return self.run_epoch(run)
-        elif event_type == 'batch': self.ctrl_c.check()
-        return run()
-
-    def run_epoch(self, run):
+        if event_type != 'epoch': return run()
         for cb in self.cbs: run = partial(cb.around_epoch, run)
         try:
-            with CtrlC() as self.ctrl_c: run()
+            with CtrlC(): run()
         except BaseException: # it ends the fit, as a rule without another event
             self.remove(self.learn)
             raise
