@@ -77,6 +77,7 @@ class UnlabeledViews:
     ):
         self.dataset,self.tfm = dataset,tfm
         self.truth = None if label_func is None else Truth(dataset, label_func, dls)
+        self._unreadable = set() # what this process could not open
         self.cache,self._caches = cache,[] # one at most; the same list for all that `following` makes
         self._follow(dls)
 
@@ -121,7 +122,7 @@ class UnlabeledViews:
 
     def set_split_idx(self, i): raise ValueError(not_to_predict) # fastai's `tta`
 
-    def first_readable(self, idxs, tries:int=100):
+    def first_readable(self, idxs, tries:int=10_000):
         "`first_readable` of these images"
         return first_readable(self.source(), idxs, tries)
 
@@ -163,12 +164,24 @@ def _collate(samples):
     return fa_collate(samples)
 
 @patch
+def in_place_of(self:UnlabeledViews, i):
+    "Image `i`, then others by chance, without those that this process could not open"
+    yield i
+    bad = self._unreadable
+    bad.add(i)
+    while len(bad) < len(self):
+        i = random.randrange(len(self))
+        if i in bad: continue
+        yield i
+        bad.add(i) # as another one is asked for
+
+@patch
 def batch(self:UnlabeledViews, idxs)->tuple: # `(batch, damaged)`
     "Images `idxs` as one batch, others in place of those that can't be opened; and the errors of these, by idx"
     samples,damaged = [],{}
     for i in idxs:
-        others = (random.randrange(len(self)) for _ in itertools.count())
-        i,img,errors = self.first_readable(itertools.chain([i], others))
+        i,img,errors = self.first_readable(self.in_place_of(i))
+        self._unreadable.discard(i)
         samples.append((self.plain if self.in_batches else self.views)(img, i))
         damaged.update(errors)
     return _collate(samples),damaged
