@@ -1059,6 +1059,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                        'fixmatch_fastai/experiment/tracking.py'),
                                                      'fixmatch_fastai.experiment.tracking.MLflowCallback.state_dict': ( 'experiment/tracking.html#mlflowcallback.state_dict',
                                                                                                                         'fixmatch_fastai/experiment/tracking.py'),
+                                                     'fixmatch_fastai.experiment.tracking._brief_databases': ( 'experiment/tracking.html#_brief_databases',
+                                                                                                               'fixmatch_fastai/experiment/tracking.py'),
                                                      'fixmatch_fastai.experiment.tracking._brief_requests': ( 'experiment/tracking.html#_brief_requests',
                                                                                                               'fixmatch_fastai/experiment/tracking.py'),
                                                      'fixmatch_fastai.experiment.tracking._learner_params': ( 'experiment/tracking.html#_learner_params',

@@ -284,6 +284,20 @@ def test_a_server_that_does_not_answer(tracker, make_learner, monkeypatch):
     assert asked == ['20', '20']
 
 
+@pytest.mark.parametrize('address', ['sqlite:///{0}/file/mlflow.db', 'sqlite:///{0}', 'sqlite:///{0}/no_database'])
+def test_a_database_that_cannot_be_opened(make_learner, tmp_path, monkeypatch, address):
+    "It does not hold up the epochs, and there is one warning"
+    (tmp_path / 'file').touch()
+    (tmp_path / 'no_database').write_bytes(b'something else' * 1000)
+    waited = []
+    monkeypatch.setattr('mlflow.store.db.utils.time.sleep', waited.append)
+    learn, cb = make_learner(), MLflowCallback(tracking_uri=address.format(tmp_path))
+    with pytest.warns(UserWarning, match="MLflow at sqlite.* can't be written to .*: training goes on") as found:
+        quiet_fit(learn, 3, cbs=cb)
+    assert len([o for o in found if 'MLflow' in str(o.message)]) == 1
+    assert len(learn.recorder.values) == 3 and cb.run_id is None and not waited
+
+
 def test_a_server_that_comes_back(client, tracker, make_learner, monkeypatch):
     "Nothing is lost, nothing is there twice"
     learn, cb = make_learner(), tracker()
