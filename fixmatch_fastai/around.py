@@ -34,7 +34,8 @@ class CtrlC:
 
     def again(self):
         time.sleep(0.05)
-        _thread.interrupt_main()
+        if os.name == 'posix': os.kill(self.pid, signal.SIGINT) # also wakes it, where it waits for a batch
+        else: _thread.interrupt_main()
 
 def ignore_ctrl_c(worker=None):
     "For workers that are not forked, as on Windows: they begin with a handler of their own"

@@ -13,6 +13,7 @@ from functools import partial
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.torch_basics import Tensor, cast, get_model, noop, patch, to_device
 from torch import nn
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .batch import (Step, check_decision, check_labeled, check_loader, check_logits, check_losses,
                                    check_target, check_views, interleaved, kept_rows, tells_truth, unpack)
 from .around import AroundEpochs
-from .core import batch_size_of, endless, evaluating, finished, not_to_predict
+from .core import batch_size_of, endless, evaluating, finished, in_all, not_to_predict, processes
 from .policy import FixedThreshold, Policy, PseudoLabels, SemiBatch, alone, masked
 from .record import SemiRecorder
 
@@ -93,10 +94,10 @@ class FixMatch(Callback):
     # before GradientAccumulation (6) may cancel the step
     order,run_valid = 5,False
     # what stays behind in copies, pickles and exports
-    _stateattrs = ('unlabeled_dl','stream','checked','_pending','_setup','_before_lr_find')
+    _stateattrs = ('unlabeled_dl','stream','checked','_pending','_setup','_before_lr_find','_group')
     # what those were made without, and exports of earlier versions
     unlabeled_dl = stream = teacher = checked = None
-    _learn = _pending = _setup = _before_lr_find = _early = None
+    _learn = _pending = _setup = _before_lr_find = _early = _group = None
     lambda_u,warmup = 1.,0.
     forward_mode = 'joint'
     _seated,_n_damaged = False,0
@@ -130,7 +131,7 @@ class FixMatch(Callback):
         x = check_labeled(self.xb, self.yb)
         check_target(self.yb[0], self.policy, values=self._setup is None)
         if self.warming_up: return
-        self._pending = Step(len(x), *self.next_views(x))
+        self._pending = Step(len(x), *self._in_all(self.next_views, x))
         if not self.weak_first: self._join(self._pending.weak, self._pending.strong)
 
     def label_weak(self):
@@ -187,7 +188,9 @@ class FixMatch(Callback):
         known = self.unlabeled_dl is not None and tells_truth(self.unlabeled_dl, self.policy.multi_label, self.dls)
         self._recorder.start(['loss_x','loss_u','mask_rate'] + ['pseudo_acc']*known)
 
-    def before_train(self):
+    def before_train(self): self._in_all(self._make_ready)
+
+    def _make_ready(self):
         self._check_ready()
         if self.preflight is None or self.checked is self.unlabeled_dl or hasattr(self.learn, 'lr_finder'): return
         self.checked = self.unlabeled_dl
@@ -372,8 +375,26 @@ def _clean_up(self:FixMatch):
     self._put_back()
     if self._before_lr_find is not None: self.policy.load_state_dict(self._before_lr_find)
     stream,self.stream = self.stream,None
+    group,self._group = self._group,None
     self._before_lr_find = None
+    if group is not None and dist.is_initialized(): dist.destroy_process_group(group)
     if stream is not None: stream.close()
+
+def _raise(error):
+    if error is not None: raise error
+
+@patch
+def _in_all(self:FixMatch, func, *args):
+    "What `func(*args)` returns; an error in one of the processes that train together is one in all"
+    if processes()[1] == 1: return func(*args)
+    if self._group is None: self._group = dist.new_group(backend='gloo') # nothing waits for the device
+    result = error = None
+    try: result = func(*args)
+    except Exception as e: error = e
+    n_failed = torch.tensor(int(error is not None))
+    dist.all_reduce(n_failed, group=self._group)
+    if n_failed: in_all(partial(_raise, error), self._group)
+    return result
 
 @patch
 def around_epoch(self:FixMatch, run):
@@ -423,7 +444,7 @@ def rehearsal(self:FixMatch, learn, batch)->FixMatch:
     twin,recorder = copy(self),SemiRecorder()
     recorder.start(())
     vars(twin).update(_learn=learn, policy=deepcopy(self.policy), unlabeled_dl=self.unlabeled_dl,
-                      stream=endless([batch], None), _recorder=recorder)
+                      stream=endless([batch], None), _recorder=recorder, _in_all=lambda func,*args: func(*args))
     ready = self._setup is not None and self._setup.policy is self.policy
     if ready: twin._setup = replace(self._setup, policy=twin.policy)
     return twin

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['not_to_predict', 'describe', 'first_line', 'first_names', 'item_at', 'unwrap_dl', 'len_of', 'batch_size_of',
-           'processes', 'endless', 'replacing', 'only_writer', 'escape_name', 'unescape_name', 'as_series', 'save_csv',
-           'read_csv', 'modes_kept', 'evaluating', 'finished']
+           'processes', 'in_all', 'endless', 'replacing', 'only_writer', 'escape_name', 'unescape_name', 'as_series',
+           'save_csv', 'read_csv', 'modes_kept', 'evaluating', 'finished']
 
 # %% ../nbs/00_core.ipynb #1c3197c1
 import errno,glob,os,re,uuid
@@ -67,6 +67,24 @@ def batch_size_of(dl)->int:
 def processes()->tuple: # `(rank, number)`
     "Which of how many processes that train together this is"
     return (dist.get_rank(),dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0,1)
+
+# %% ../nbs/00_core.ipynb #e4cb738f
+def in_all(
+    func,      # Without arguments
+    group=None # Of processes; default: all that train together
+)->list: # What it returns in each of them
+    "Run `func` in all processes; an error in one is an error in all, where else they would wait for it"
+    rank,n = processes()
+    if n == 1: return [func()]
+    mine = error = None
+    try: mine = func()
+    except Exception as e: error = e
+    answers = [None]*n
+    dist.all_gather_object(answers, (mine, error and f'{type(error).__name__}: {error}'), group=group)
+    if error is not None: raise error
+    for other,(_,text) in enumerate(answers):
+        if text: raise RuntimeError(f"Process {other} ended with an error, so this one, {rank}, does too: {text}")
+    return [o for o,_ in answers]
 
 # %% ../nbs/00_core.ipynb #eb9bca69
 def endless(dl, dls, **kwargs):

@@ -6,25 +6,25 @@
 __all__ = ['CachedImages', 'UnlabeledViews', 'StreamPosition', 'EndlessSampler', 'UnlabeledDL']
 
 # %% ../nbs/01_data.ipynb #b9aee65a
-import itertools,math,os,random,shutil
+import itertools,math,os,random,shutil,zlib
 from copy import copy
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import psutil
 import torch
-import torch.distributed as dist
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists, test_set
 from fastai.data.load import fa_collate
-from fastai.torch_basics import TensorImage, patch, show_image, to_device
+from fastai.torch_basics import L, TensorImage, patch, show_image, to_device
 from fastai.vision.data import get_grid
 from fastcore.xtras import truncstr
 from PIL import Image
 
 from .around import ignore_ctrl_c
 from .augment import FixMatchTransform, to_view_mode, uint8_tensor
-from .core import describe, escape_name, item_at, not_to_predict, processes
+from .core import describe, escape_name, in_all, item_at, not_to_predict, processes
 from .items import listed, rows_of
 from .pipeline import PoolImages, first_readable
 from .labeled import RepeatDL, WeakTransform # noqa: F401  where exports of 0.1.0 look for them
@@ -277,6 +277,21 @@ class UnlabeledDL(TfmdDL):
 
 # %% ../nbs/01_data.ipynb #945ad486
 @patch
+def checksum(self:UnlabeledViews)->int:
+    "Of the names of its files, in their order; 0, where they are no files"
+    if not isinstance(self.items, (list,L)): return 0
+    return zlib.crc32('/'.join(Path(o).name for o in self.items if isinstance(o, (str,Path))).encode(errors='replace'))
+
+def _check_alike(pools):
+    "A ValueError, where processes have other pools"
+    for other,(n,checksum,_) in enumerate(pools):
+        if n != pools[0][0]: found = f"{n:,} unlabelled images, and process 0 has {pools[0][0]:,}"
+        elif checksum != pools[0][1]: found = "other unlabelled images than process 0, or the same in another order"
+        else: continue
+        raise ValueError(f"Process {other} has {found}: give all the same pool, of which each takes its share, "
+                         "as in `get_image_files(path).sorted()`.")
+
+@patch
 def stream(self:UnlabeledDL,
     dls:DataLoaders=None, # Whose sizes to follow; default: those it was made with
     alone:bool=False      # In training on several processes: for this one only, not a share?
@@ -289,9 +304,9 @@ def stream(self:UnlabeledDL,
     rank,world = (0,1) if alone else processes()
     seed,opts = random.getrandbits(32),{}
     if world > 1:
-        seeds = [seed]
-        dist.broadcast_object_list(seeds) # the first process's
-        seed = seeds[0]
+        pools = in_all(lambda: (len(views),views.checksum(),seed))
+        _check_alike(pools)
+        seed = pools[0][-1]
         opts = dict(generator=torch.Generator().manual_seed(seed+rank)) # after `set_seed` all would draw the same views
     start = StreamPosition(seed) if alone or self._start is None else self._start
     if not alone: self._position,self._start = start,None

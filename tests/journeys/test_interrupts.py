@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from fastai.vision.all import (
     load_learner,
 )
 
-from fixmatch_fastai.all import FixMatch
+from fixmatch_fastai.around import CtrlC
 from fixmatch_fastai.callback import OneCallLoss
 from fixmatch_fastai.record import SemiRecorder
 
@@ -218,6 +219,54 @@ def test_ctrl_c_while_waiting_for_views(make_dls, make_learner, pool):
     with pytest.raises(KeyboardInterrupt) as kept:
         quiet_fit(learn, 10, cbs=CtrlCSoon())
     assert kept.traceback and not multiprocessing.active_children()
+
+
+class CtrlCForAll(Callback):
+    "As a terminal sends it: to all workers, labelled and unlabelled ones, and to this process"
+
+    def after_pred(self):
+        if not self.training:
+            return
+        self.workers = multiprocessing.active_children()
+        for o in self.workers:
+            os.kill(o.pid, signal.SIGINT)
+        time.sleep(0.2)
+        self.alive = [o.is_alive() for o in self.workers]
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_of_a_terminal(make_dls, make_learner, capfd):
+    press = CtrlCForAll()
+    learn = make_learner(dls=make_dls(num_workers=1), num_workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        quiet_fit(learn, 1, cbs=press)
+    assert press.alive == [True, True], 'they end when they are asked to'
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert 'Traceback' not in capfd.readouterr().err
+
+
+def test_ctrl_c_that_python_would_drop_comes_again():
+    class Dropped:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    with CtrlC():
+        with pytest.raises(KeyboardInterrupt):
+            Dropped()
+            time.sleep(5)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_of_ones_own_handler():
+    "A program that ends its training in its own way goes on to"
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *args: pressed.append(args[0]))
+    try:
+        with CtrlC():
+            signal.raise_signal(signal.SIGINT)
+        assert pressed == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_error_in_the_loader_has_a_message(make_dls, make_learner, pool):
