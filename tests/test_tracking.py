@@ -275,7 +275,7 @@ def test_a_server_that_does_not_answer(tracker, make_learner, monkeypatch):
 
     def create_run(self, *args, **kwargs):
         asked.append(os.environ['MLFLOW_HTTP_REQUEST_TIMEOUT'])
-        time.sleep(0.1)
+        time.sleep(0.3)  # nine times as long it is left alone
         raise TimeoutError
 
     monkeypatch.setattr(mlflow.MlflowClient, 'create_run', create_run)
