@@ -60,7 +60,8 @@ from fixmatch_fastai.all import (
     weak_augment,
 )
 from fixmatch_fastai.augment import Cutout
-from fixmatch_fastai.checkpoint import AroundEpochs, SaveFixMatch
+from fixmatch_fastai.around import AroundEpochs
+from fixmatch_fastai.checkpoint import SaveFixMatch
 from fixmatch_fastai.policy import PseudoLabels
 from fixmatch_fastai.recipe import nesterov_sgd
 from fixmatch_fastai.uncertainty import FeatureDensity, MCDropout

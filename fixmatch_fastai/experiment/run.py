@@ -29,7 +29,7 @@ from .. import check # noqa: F401  its quick part runs before the first step
 from ..callback import FixMatch
 from ..checkpoint import SaveFixMatch
 from ..console import CommandError
-from ..core import replacing
+from ..core import only_writer, replacing
 from ..ema import ModelEMA
 from .config import ExperimentConfig, config_yaml, flat_values, in_words, named_datasets
 from .config import read_config, resolved, trackers
@@ -237,9 +237,13 @@ def run(
 )->dict: # What `Run.result` returns
     "Train one seed, or train it on, or read what it came to where it is finished already"
     c = resolved(config)
+    folder = run_folder(c)
     _check_same(c)
-    if is_finished(c): return json.loads((run_folder(c)/'result.json').read_text(encoding='utf-8'))
-    return Run(c, images).fit().save()
+    if not is_finished(c):
+        in_use = CommandError(f"{folder} is being written by another process: "
+                              "wait until it ends, or give another name.")
+        with only_writer(folder, in_use): return Run(c, images).fit().save()
+    return json.loads((folder/'result.json').read_text(encoding='utf-8'))
 
 # %% ../../nbs/experiment/06_run.ipynb #0d324771
 def read_results(
