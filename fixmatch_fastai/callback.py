@@ -15,6 +15,7 @@ from numbers import Real
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.torch_basics import Tensor, cast, get_model, noop, patch, to_device
 from torch import nn
@@ -22,7 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .batch import (Step, check_decision, check_labeled, check_loader, check_logits, check_losses,
                                    check_rows, check_target, check_views, interleaved, kept_rows, tells_truth, unpack)
-from .core import FitCallback, batch_size_of, endless, evaluating, finished, not_to_predict
+from .around import AroundEpochs
+from .core import (FitCallback, batch_size_of, endless, evaluating, finished, in_all,
+                                  not_to_predict, processes)
 from .policy import FixedThreshold, Policy, PseudoLabels, SemiBatch, alone, masked, only_logits
 from .record import SemiRecorder
 
@@ -97,10 +100,10 @@ class FixMatch(FitCallback):
     # before GradientAccumulation (6) may cancel the step
     order,run_valid = 5,False
     # what stays behind in copies, pickles and exports
-    _stateattrs = ('unlabeled_dl','stream','checked','_pending','_setup','_before_lr_find')
+    _stateattrs = ('unlabeled_dl','stream','checked','_pending','_setup','_before_lr_find','_group')
     # what those were made without, and exports of earlier versions
     unlabeled_dl = stream = teacher = checked = None
-    _learn = _pending = _setup = _before_lr_find = _early = None
+    _learn = _pending = _setup = _before_lr_find = _early = _group = None
     lambda_u,warmup = 1.,0.
     forward_mode = 'joint'
     _seated,_n_damaged = False,0
@@ -134,7 +137,7 @@ class FixMatch(FitCallback):
         x = check_labeled(self.xb, self.yb)
         check_target(self.yb[0], self.policy, values=self._setup is None)
         if self.warming_up: return check_rows(len(x), self.model)
-        self._pending = Step(len(x), *self.next_views(x))
+        self._pending = Step(len(x), *self._in_all(self.next_views, x))
         if not self.weak_first: self._join(self._pending.weak, self._pending.strong)
 
     def label_weak(self):
@@ -187,10 +190,13 @@ class FixMatch(FitCallback):
         self._clean_up()
         self._seat_teacher()
         if self.learn.lock.locked(): return self._recorder.start() # in `validate` and `get_preds`
+        AroundEpochs.add(self)
         known = self.unlabeled_dl is not None and tells_truth(self.unlabeled_dl, self.policy.multi_label, self.dls)
         self._recorder.start(['loss_x','loss_u','mask_rate'] + ['pseudo_acc']*known)
 
-    def before_train(self):
+    def before_train(self): self._in_all(self._make_ready)
+
+    def _make_ready(self):
         self._check_ready()
         if self.preflight is None or self.checked is self.unlabeled_dl or hasattr(self.learn, 'lr_finder'): return
         self.checked = self.unlabeled_dl
@@ -207,6 +213,7 @@ class FixMatch(FitCallback):
     def after_epoch(self): self._put_back()
 
     def after_fit(self):
+        if self.create_mbar: AroundEpochs.remove(self.learn)
         self._clean_up()
         self._warn_of_damaged()
 
@@ -388,10 +395,38 @@ def _put_back(self:FixMatch):
 def _clean_up(self:FixMatch):
     "Close the stream, and undo what an interrupt left"
     self._put_back()
-    if self.stream is not None: self.stream.close()
-    self.stream = None
     if self._before_lr_find is not None: self.policy.load_state_dict(self._before_lr_find)
+    stream,self.stream = self.stream,None
+    group,self._group = self._group,None
     self._before_lr_find = None
+    if group is not None and dist.is_initialized(): dist.destroy_process_group(group)
+    if stream is not None: stream.close()
+
+def _raise(error):
+    if error is not None: raise error
+
+@patch
+def _in_all(self:FixMatch, func, *args):
+    "What `func(*args)` returns; an error in one of the processes that train together is one in all"
+    if processes()[1] == 1: return func(*args)
+    if self._group is None: self._group = dist.new_group(backend='gloo') # nothing waits for the device
+    result = error = None
+    try: result = func(*args)
+    except Exception as e: error = e
+    n_failed = torch.tensor(int(error is not None))
+    dist.all_reduce(n_failed, group=self._group)
+    if n_failed: in_all(partial(_raise, error), self._group)
+    return result
+
+@patch
+def around_epoch(self:FixMatch, run):
+    "Where this epoch is the last, also by Ctrl-C or an error, no worker, file or shared memory is kept"
+    try: run()
+    except BaseException as e:
+        self._clean_up()
+        if not isinstance(e, Exception): self.learn._end_cleanup() # after an error people look at the batch
+        raise
+    if self.epoch+1 == self.n_epoch: self._clean_up()
 
 # %% ../nbs/04_callback.ipynb #30e0a3a5
 @patch(as_prop=True)
@@ -431,7 +466,7 @@ def rehearsal(self:FixMatch, learn, batch)->FixMatch:
     twin,recorder = copy(self),SemiRecorder()
     recorder.start(())
     vars(twin).update(_learn=learn, policy=deepcopy(self.policy), unlabeled_dl=self.unlabeled_dl,
-                      stream=endless([batch], None), _recorder=recorder)
+                      stream=endless([batch], None), _recorder=recorder, _in_all=lambda func,*args: func(*args))
     ready = self._setup is not None and self._setup.policy is self.policy
     if ready: twin._setup = replace(self._setup, policy=twin.policy)
     return twin

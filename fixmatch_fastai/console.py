@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fastcore.docments import docments
 from . import __version__
+from .around import CtrlC
 
 # %% ../nbs/11c_console.ipynb #552c11fd
 class CommandError(ValueError):
@@ -105,7 +106,7 @@ def run_command(
     parser = func.parser()
     try:
         args = vars(parser.parse_args(argv))
-        with warnings_as_notes(): return func.__wrapped__(**args) or 0
+        with warnings_as_notes(), CtrlC(): return func.__wrapped__(**args) or 0
     except CommandError as e: to_stderr(f'{parser.prog}: {e}')
     except KeyboardInterrupt as e:
         to_stderr(f'\n{parser.prog}: {str(e) or "stopped"}')

@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['not_to_predict', 'describe', 'first_line', 'first_names', 'item_at', 'unwrap_dl', 'len_of', 'batch_size_of',
-           'processes', 'endless', 'replacing', 'escape_name', 'unescape_name', 'as_series', 'save_csv', 'read_csv',
-           'modes_kept', 'evaluating', 'finished', 'TakenCallback', 'interrupted_epoch', 'FitCallback']
+           'processes', 'in_all', 'endless', 'replacing', 'only_writer', 'escape_name', 'unescape_name', 'as_series',
+           'save_csv', 'read_csv', 'modes_kept', 'evaluating', 'finished', 'TakenCallback', 'interrupted_epoch',
+           'FitCallback']
 
 # %% ../nbs/00_core.ipynb #1c3197c1
-import os,re,sys
-from contextlib import contextmanager
+import errno,glob,os,re,sys,uuid
+from contextlib import contextmanager,suppress
 from pathlib import Path
+
+try: import fcntl
+except ImportError: fcntl = None # on Windows
 
 import pandas as pd
 import torch
@@ -67,6 +71,24 @@ def processes()->tuple: # `(rank, number)`
     "Which of how many processes that train together this is"
     return (dist.get_rank(),dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0,1)
 
+# %% ../nbs/00_core.ipynb #e4cb738f
+def in_all(
+    func,      # Without arguments
+    group=None # Of processes; default: all that train together
+)->list: # What it returns in each of them
+    "Run `func` in all processes; an error in one is an error in all, where else they would wait for it"
+    rank,n = processes()
+    if n == 1: return [func()]
+    mine = error = None
+    try: mine = func()
+    except Exception as e: error = e
+    answers = [None]*n
+    dist.all_gather_object(answers, (mine, error and f'{type(error).__name__}: {error}'), group=group)
+    if error is not None: raise error
+    for other,(_,text) in enumerate(answers):
+        if text: raise RuntimeError(f"Process {other} ended with an error, so this one, {rank}, does too: {text}")
+    return [o for o,_ in answers]
+
 # %% ../nbs/00_core.ipynb #eb9bca69
 def endless(dl, dls, **kwargs):
     "Batches of `dl` for ever: its own `stream` where it has one, else it is begun again when it ends"
@@ -84,12 +106,19 @@ not_to_predict = ("An unlabelled loader yields two views of each image, which is
                   "use `learn.dls.test_dl(items)`.")
 
 # %% ../nbs/00_core.ipynb #2624081a
+def _sync_folder(folder):
+    "Put its names on the disk"
+    with suppress(OSError): # Windows opens no folder, and some network drives can't
+        fd = os.open(folder, os.O_RDONLY)
+        try: os.fsync(fd)
+        finally: os.close(fd)
+
 @contextmanager
 def replacing(
     file:Path # Written, or replaced
 ): # A path in the same folder, to write to
     "`file` as it was, until what takes its place is whole on the disk"
-    tmp = file.with_name(file.name+'.tmp')
+    tmp = file.with_name(f'{file.name}.{uuid.uuid4().hex[:8]}.tmp') # of this writing alone
     try:
         tmp.touch()
         mode = tmp.stat().st_mode
@@ -97,7 +126,50 @@ def replacing(
         tmp.chmod(mode) # safetensors leaves files that nobody else can read
         with tmp.open('rb+') as f: os.fsync(f.fileno())
         os.replace(tmp, file)
+        _sync_folder(file.parent)
     finally: tmp.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #9ce453cc
+def _lock(f)->bool:
+    "Lock an open file; not so, if another process has"
+    try:
+        # `flock` would be passed on to workers, which may outlive this process for seconds
+        if fcntl: fcntl.lockf(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        else:
+            import msvcrt
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as e: return e.errno not in (errno.EACCES,errno.EAGAIN,errno.EDEADLK) # else the drive has no locks
+    return True
+
+def _open_locked(file):
+    "`file`, open and locked; `None` where another process has it"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(9):
+        f = file.open('a')
+        if not _lock(f): return f.close()
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(f.fileno()), file.stat()): break
+        f.close() # the process that had it has deleted it
+    return f
+
+# %% ../nbs/00_core.ipynb #2788134a
+@contextmanager
+def only_writer(
+    folder:Path, # Made, if there is none
+    error,       # Raised where another process is its writer
+    name:str=''  # Of one file in it; default: of all
+):
+    "Keep other processes from writing as well, until this ends, or the process does, however that happens"
+    file,f = folder/(f'.{name}.lock' if name else '.lock'),False
+    with suppress(OSError): f = _open_locked(file) # where nothing can be written, whoever tries to will say so
+    if f is None: raise error
+    try:
+        for o in folder.glob(f"{glob.escape(name)}*.{'[0-9a-f]'*8}.tmp"): o.unlink(missing_ok=True) # of a crash
+        yield
+    finally:
+        if f:
+            with suppress(OSError): file.unlink()
+            f.close()
 
 # %% ../nbs/00_core.ipynb #9e0a80c1
 # In tables and pictures a byte that is no text is written as the six characters `\udce9`: so every file is valid UTF-8,

@@ -6,24 +6,25 @@
 __all__ = ['CachedImages', 'UnlabeledViews', 'StreamPosition', 'EndlessSampler', 'UnlabeledDL']
 
 # %% ../nbs/01_data.ipynb #b9aee65a
-import itertools,math,os,random,shutil
+import itertools,math,os,random,shutil,zlib
 from copy import copy
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import psutil
 import torch
-import torch.distributed as dist
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists, test_set
 from fastai.data.load import fa_collate
-from fastai.torch_basics import TensorImage, patch, show_image, to_device
+from fastai.torch_basics import L, TensorImage, patch, show_image, to_device
 from fastai.vision.data import get_grid
 from fastcore.xtras import truncstr
 from PIL import Image
 
+from .around import ignore_ctrl_c
 from .augment import FixMatchTransform, to_view_mode, uint8_tensor
-from .core import describe, escape_name, item_at, not_to_predict, processes
+from .core import describe, escape_name, in_all, item_at, not_to_predict, processes
 from .items import listed, rows_of
 from .pipeline import PoolImages, first_readable
 from .labeled import RepeatDL, WeakTransform # noqa: F401  where exports of 0.1.0 look for them
@@ -76,6 +77,7 @@ class UnlabeledViews:
     ):
         self.dataset,self.tfm = dataset,tfm
         self.truth = None if label_func is None else Truth(dataset, label_func, dls)
+        self._unreadable = set() # what this process could not open
         self.cache,self._caches = cache,[] # one at most; the same list for all that `following` makes
         self._follow(dls)
 
@@ -120,7 +122,7 @@ class UnlabeledViews:
 
     def set_split_idx(self, i): raise ValueError(not_to_predict) # fastai's `tta`
 
-    def first_readable(self, idxs, tries:int=100):
+    def first_readable(self, idxs, tries:int=10_000):
         "`first_readable` of these images"
         return first_readable(self.source(), idxs, tries)
 
@@ -162,12 +164,24 @@ def _collate(samples):
     return fa_collate(samples)
 
 @patch
+def in_place_of(self:UnlabeledViews, i):
+    "Image `i`, then others by chance, without those that this process could not open"
+    yield i
+    bad = self._unreadable
+    bad.add(i)
+    while len(bad) < len(self):
+        i = random.randrange(len(self))
+        if i in bad: continue
+        yield i
+        bad.add(i) # as another one is asked for
+
+@patch
 def batch(self:UnlabeledViews, idxs)->tuple: # `(batch, damaged)`
     "Images `idxs` as one batch, others in place of those that can't be opened; and the errors of these, by idx"
     samples,damaged = [],{}
     for i in idxs:
-        others = (random.randrange(len(self)) for _ in itertools.count())
-        i,img,errors = self.first_readable(itertools.chain([i], others))
+        i,img,errors = self.first_readable(self.in_place_of(i))
+        self._unreadable.discard(i)
         samples.append((self.plain if self.in_batches else self.views)(img, i))
         damaged.update(errors)
     return _collate(samples),damaged
@@ -263,6 +277,21 @@ class UnlabeledDL(TfmdDL):
 
 # %% ../nbs/01_data.ipynb #945ad486
 @patch
+def checksum(self:UnlabeledViews)->int:
+    "Of the names of its files, in their order; 0, where they are no files"
+    if not isinstance(self.items, (list,L)): return 0
+    return zlib.crc32('/'.join(Path(o).name for o in self.items if isinstance(o, (str,Path))).encode(errors='replace'))
+
+def _check_alike(pools):
+    "A ValueError, where processes have other pools"
+    for other,(n,checksum,_) in enumerate(pools):
+        if n != pools[0][0]: found = f"{n:,} unlabelled images, and process 0 has {pools[0][0]:,}"
+        elif checksum != pools[0][1]: found = "other unlabelled images than process 0, or the same in another order"
+        else: continue
+        raise ValueError(f"Process {other} has {found}: give all the same pool, of which each takes its share, "
+                         "as in `get_image_files(path).sorted()`.")
+
+@patch
 def stream(self:UnlabeledDL,
     dls:DataLoaders=None, # Whose sizes to follow; default: those it was made with
     alone:bool=False      # In training on several processes: for this one only, not a share?
@@ -275,16 +304,16 @@ def stream(self:UnlabeledDL,
     rank,world = (0,1) if alone else processes()
     seed,opts = random.getrandbits(32),{}
     if world > 1:
-        seeds = [seed]
-        dist.broadcast_object_list(seeds) # the first process's
-        seed = seeds[0]
+        pools = in_all(lambda: (len(views),views.checksum(),seed))
+        _check_alike(pools)
+        seed = pools[0][-1]
         opts = dict(generator=torch.Generator().manual_seed(seed+rank)) # after `set_seed` all would draw the same views
     start = StreamPosition(seed) if alone or self._start is None else self._start
     if not alone: self._position,self._start = start,None
     sampler = EndlessSampler(len(views), bs, self.shuffle, start, rank, world)
     it = iter(torch.utils.data.DataLoader(range(len(views)), batch_sampler=sampler, collate_fn=views.batch,
                                           num_workers=self.fake_l.num_workers, pin_memory=self.pin_memory,
-                                          timeout=self.timeout, **opts))
+                                          timeout=self.timeout, worker_init_fn=ignore_ctrl_c, **opts))
     try:
         for n,(batch,damaged) in enumerate(it, 1):
             self._damaged.update(damaged)

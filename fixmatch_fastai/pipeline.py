@@ -36,9 +36,9 @@ def as_pil(o)->Image.Image:
 
 # %% ../nbs/00b_pipeline.ipynb #5ff2139a
 def first_readable(
-    images,       # Opens image `i`
-    idxs,         # Numbers of images, in the order in which they are tried
-    tries:int=100 # How many are tried at most
+    images,          # Opens image `i`
+    idxs,            # Numbers of images, in the order in which they are tried
+    tries:int=10_000 # How many are tried at most
 )->tuple: # `(idx, image, damaged)`; `damaged` has the errors of those before it, by idx
     "The first image that can be opened; a ValueError where none can"
     damaged = {}
@@ -50,7 +50,7 @@ def first_readable(
         except Exception as e: # what damaged files make PIL raise is of many kinds
             damaged[i],error = f'{type(e).__name__}: {e}',e.with_traceback(None) # which would keep the file open
     i = next(iter(damaged))
-    raise ValueError(f"None of {len(damaged)} unlabelled images that were tried can be opened; "
+    raise ValueError(f"{len(damaged):,} of {len(images):,} unlabelled images were tried, and none can be opened; "
                      f"place {i} of the pool for this reason: {damaged[i]}. "
                      "Check the files, and the transforms that open them.") from error
 

@@ -63,8 +63,9 @@ from fixmatch_fastai.all import (
     split_labeled,
     weak_augment,
 )
+from fixmatch_fastai.around import AroundEpochs
 from fixmatch_fastai.augment import Cutout
-from fixmatch_fastai.checkpoint import AroundEpochs, SaveFixMatch
+from fixmatch_fastai.checkpoint import SaveFixMatch
 from fixmatch_fastai.policy import PseudoLabels
 from fixmatch_fastai.recipe import nesterov_sgd
 from fixmatch_fastai.uncertainty import FeatureDensity, MCDropout

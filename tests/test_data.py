@@ -334,7 +334,7 @@ def test_flexmatch_never_learns_damaged_images(make_dls, make_learner, pool, dam
 def test_nothing_readable(make_dls, damaged):
     with pytest.raises(
         ValueError,
-        match=r'None of 7 unlabelled images that were tried can be opened; place 0 of the '
+        match=r'7 of 7 unlabelled images were tried, and none can be opened; place 0 of the '
         r'pool for this reason: UnidentifiedImageError.*Check the files',
     ):
         make_dls().unlabeled_dl(damaged)
@@ -346,18 +346,31 @@ def test_nothing_readable_any_more(make_dls, make_learner, copies):
     learn = make_learner(dls=dls, loader=dls.unlabeled_dl(copies[:3], num_workers=0))
     for o in copies:
         o.unlink()
-    with pytest.raises(ValueError, match='None of 3 unlabelled images that were tried can be opened'):
+    with pytest.raises(ValueError, match='3 of 3 unlabelled images were tried, and none can be opened'):
         quiet_fit(learn, 1)
     assert len(learn.validate()) == 2
 
 
-def test_tries_are_bounded(make_dls, pool):
+@pytest.mark.parametrize('good', [0, 199])
+def test_one_in_two_hundred_is_trained_on(make_dls, tmp_path, pool, good):
+    "Each of the others is tried once as a replacement, and no more"
+    items = [tmp_path / f'{i}.png' for i in range(200)]
+    shutil.copy(pool[0], items[good])
+    loader = make_dls().unlabeled_dl(items, bs=40, tfm=FixMatchTransform(weak=WEAK), num_workers=0)
+    batches = take(loader, 5)
+    assert all((o[-1] == good).all() for o in batches)
+    assert len(loader.damaged) == 199 and good not in loader.damaged.index
+
+
+def test_tries_end_with_the_pool(make_dls, copies, pool):
     opened = Opened()
-    loader = make_dls(item_tfms=opened).unlabeled_dl(pool[:1])
+    loader = make_dls(item_tfms=opened).unlabeled_dl(copies)
     opened.n, opened.fail = 0, True
-    with pytest.raises(ValueError, match='None of 1 unlabelled'):
+    with pytest.raises(ValueError, match='20 of 20 unlabelled'):
         take(loader, 1)
-    assert opened.n == 100
+    assert opened.n == 20, 'each was tried once'
+    opened.fail = False
+    assert len(take(loader, 1)[0][-1]) == 28, 'a drive that was away is there again'
 
 
 def test_one_pass_is_strict(make_dls, pool, damaged):

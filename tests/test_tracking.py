@@ -275,13 +275,27 @@ def test_a_server_that_does_not_answer(tracker, make_learner, monkeypatch):
 
     def create_run(self, *args, **kwargs):
         asked.append(os.environ['MLFLOW_HTTP_REQUEST_TIMEOUT'])
-        time.sleep(0.1)
+        time.sleep(0.3)  # nine times as long it is left alone
         raise TimeoutError
 
     monkeypatch.setattr(mlflow.MlflowClient, 'create_run', create_run)
     with pytest.warns(UserWarning, match=r"can't be written to \(TimeoutError: TimeoutError\)"):
         quiet_fit(make_learner(), 3, cbs=tracker())
     assert asked == ['20', '20']
+
+
+@pytest.mark.parametrize('address', ['sqlite:///{0}/file/mlflow.db', 'sqlite:///{0}', 'sqlite:///{0}/no_database'])
+def test_a_database_that_cannot_be_opened(make_learner, tmp_path, monkeypatch, address):
+    "It does not hold up the epochs, and there is one warning"
+    (tmp_path / 'file').touch()
+    (tmp_path / 'no_database').write_bytes(b'something else' * 1000)
+    waited = []
+    monkeypatch.setattr('mlflow.store.db.utils.time.sleep', waited.append)
+    learn, cb = make_learner(), MLflowCallback(tracking_uri=address.format(tmp_path))
+    with pytest.warns(UserWarning, match="MLflow at sqlite.* can't be written to .*: training goes on") as found:
+        quiet_fit(learn, 3, cbs=cb)
+    assert len([o for o in found if 'MLflow' in str(o.message)]) == 1
+    assert len(learn.recorder.values) == 3 and cb.run_id is None and not waited
 
 
 def test_a_server_that_comes_back(client, tracker, make_learner, monkeypatch):

@@ -9,6 +9,7 @@ __all__ = ['main']
 import argparse,os
 from pathlib import Path
 
+from ..around import CtrlC
 from ..console import CommandError, names_as_text, to_stderr, warnings_as_notes
 from ..experiment.config import config_yaml, help_table, read_config, resolved
 
@@ -43,7 +44,7 @@ def main(
         print(f'{parser.format_help()}\n{help_table()}')
         return 0
     try:
-        with warnings_as_notes():
+        with warnings_as_notes(), CtrlC():
             config = resolved(read_config(args.overrides, args.config))
             if args.print: print(config_yaml(config), end='')
             else: _train(config)

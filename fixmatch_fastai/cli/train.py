@@ -45,14 +45,17 @@ def fixmatch_train(
     from fixmatch_fastai.cli.check import stop_at_problems
     from fixmatch_fastai.cli.folders import find_images
     from fixmatch_fastai.cli.learner import check_names
+    from fixmatch_fastai.core import only_writer
     from fixmatch_fastai.recipe import probe
     check_names(options)
     run = training.Training(options, find_images(options), out, epochs, lr, ema, fp16)
     learn = run.learner()
     print(training.describe_run(run, learn.fix_match.policy))
     if check: stop_at_problems(learn)
-    training.keep_options(run, resume)
-    with training.stoppable(out):
+    in_use = CommandError(f"--out {out} is being written by another process: wait until it ends, or give another one.")
+    with only_writer(out, in_use), training.stoppable(out):
+        check_out(out, resume) # another process may have ended since
+        training.keep_options(run, resume)
         before = probe(learn) if options.pretrained else None
         training.fit(run, learn, 'fixmatch', resume)
         twin = training.fit_twin(run, resume) if compare else None

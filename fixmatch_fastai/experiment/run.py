@@ -29,7 +29,7 @@ from .. import check # noqa: F401  its quick part runs before the first step
 from ..callback import FixMatch
 from ..checkpoint import SaveFixMatch
 from ..console import CommandError
-from ..core import replacing
+from ..core import only_writer, replacing
 from ..ema import ModelEMA
 from .config import ExperimentConfig, config_yaml, flat_values, in_words, named_datasets
 from .config import read_config, resolved, trackers
@@ -256,12 +256,15 @@ def run(
 )->dict: # What `Run.result` returns
     "Train one seed, or train it on, or read what it came to where it is finished already"
     c = resolved(config)
+    folder = run_folder(c)
     _check_same(c)
-    file = run_folder(c)/'result.json'
+    file = folder/'result.json'
     if row := _read_result(file): return row
     if file.exists():
         print(f'{file} is damaged, so it is made anew, from the checkpoint where there is one.', flush=True)
-    return Run(c, images).fit().save()
+    in_use = CommandError(f"{folder} is being written by another process: "
+                          "wait until it ends, or give another name.")
+    with only_writer(folder, in_use): return Run(c, images).fit().save()
 
 # %% ../../nbs/experiment/06_run.ipynb #0d324771
 def read_results(

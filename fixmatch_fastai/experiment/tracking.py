@@ -9,18 +9,28 @@ __all__ = ['MLflowCallback']
 import importlib.util,logging,math,os,re,time,warnings
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 from fastai.callback.core import Callback, CancelFitException
 from fastai.torch_basics import first, get_model, patch, rank_distrib, store_attr
 
 from .. import __version__
+from ..around import AroundEpochs
 from ..callback import FixMatch
-from ..checkpoint import AroundEpochs
 from ..core import FitCallback, escape_name, first_line, len_of
 from ..ema import ModelEMA
 
 # %% ../../nbs/experiment/05_tracking.ipynb #9fcbaf2d
-_limits = {'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '1', 'MLFLOW_HTTP_REQUEST_TIMEOUT': '20'}
+_limits = {'MLFLOW_HTTP_REQUEST_MAX_RETRIES': '1', 'MLFLOW_HTTP_REQUEST_TIMEOUT': '20', 'PGCONNECT_TIMEOUT': '20'}
+
+@contextmanager
+def _brief_databases():
+    "A database that can't be opened is tried once; MLflow would try ten times in 100 seconds"
+    try: from mlflow.store.db import utils
+    except ImportError: utils = SimpleNamespace() # without databases
+    before,utils.MAX_RETRY_COUNT = getattr(utils, 'MAX_RETRY_COUNT', None),1
+    try: yield
+    finally: utils.MAX_RETRY_COUNT = before
 
 @contextmanager
 def _brief_requests():
@@ -29,7 +39,7 @@ def _brief_requests():
     os.environ.update(added)
     logging.disable(logging.INFO)
     try:
-        with warnings.catch_warnings(record=True): yield
+        with warnings.catch_warnings(record=True), _brief_databases(): yield
     finally:
         logging.disable(logging.NOTSET)
         for k in added: del os.environ[k]

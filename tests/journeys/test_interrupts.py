@@ -2,9 +2,9 @@
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from fastai.vision.all import (
     load_learner,
 )
 
-from fixmatch_fastai.all import FixMatch
+from fixmatch_fastai.around import CtrlC
 from fixmatch_fastai.callback import OneCallLoss
 from fixmatch_fastai.record import SemiRecorder
 
@@ -70,8 +70,7 @@ def test_learner_is_usable_after_an_interrupt(make_learner, pool, event, exc, or
     learn = make_learner()
     with pytest.raises(exc):
         quiet_fit(learn, 2, cbs=Raise(event, exc, order))
-    own = learn.loss_func.loss_func if isinstance(learn.loss_func, OneCallLoss) else learn.loss_func
-    assert type(pickle.loads(pickle.dumps(learn.loss_func))) is type(own) is CrossEntropyLossFlat
+    assert type(learn.loss_func) is CrossEntropyLossFlat and learn.fix_match.stream is None
     assert_usable(learn, pool[0])
 
 
@@ -152,15 +151,6 @@ def test_interrupted_fit_with_fixmatch_given_to_fit(make_learner):
     assert quiet_fit(learn, 1) is None and len(learn.recorder.values[-1]) == 3
 
 
-def test_removed_after_an_interrupt(make_learner):
-    learn = make_learner()
-    with pytest.raises(KeyboardInterrupt):
-        quiet_fit(learn, 1, cbs=Raise('after_pred', KeyboardInterrupt, LAST))
-    assert isinstance(learn.loss_func, OneCallLoss)
-    learn.remove_cb(FixMatch)
-    assert type(learn.loss_func) is CrossEntropyLossFlat
-
-
 class Children(Callback):
     "Notes the worker processes at each training batch"
 
@@ -183,14 +173,27 @@ def test_workers_live_for_one_fit(make_learner):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize('exc', [KeyboardInterrupt, RuntimeError])
-def test_workers_of_an_interrupted_fit_end_with_the_next(make_learner, exc):
-    learn, look, again = make_learner(num_workers=2), Children(), Children()
-    with pytest.raises(exc):
-        quiet_fit(learn, 1, cbs=[look, Raise('after_pred', exc, LAST)])
-    quiet_fit(learn, 1, cbs=again)
-    assert not (look.pids[0] & again.pids[0]) and len(again.pids[0]) == 2
-    assert not multiprocessing.active_children()
+@pytest.mark.parametrize(
+    'event,exc,order',
+    [
+        ('after_pred', KeyboardInterrupt, LAST),
+        ('after_pred', RuntimeError, LAST),
+        ('after_epoch', CancelFitException, FIRST),
+        ('after_epoch', KeyboardInterrupt, FIRST),
+        ('after_fit', RuntimeError, FIRST),
+    ],
+)
+def test_workers_end_with_their_fit(make_learner, event, exc, order):
+    "Though the traceback, which people's tools keep, holds on to all frames of the fit"
+    learn, look, kept = make_learner(num_workers=2), Children(), None
+    try:
+        quiet_fit(learn, 1, cbs=[look, Raise(event, exc, order, times=1)])
+    except BaseException as e:
+        kept = e
+    assert type(kept) is exc or exc is CancelFitException
+    assert len(look.pids[0]) == 2 and not multiprocessing.active_children() and learn.fix_match.stream is None
+    if exc is KeyboardInterrupt:
+        assert learn.xb == learn.yb == (None,), 'the last batch lies in shared memory'
 
 
 def slow_views(img):
@@ -216,6 +219,54 @@ def test_ctrl_c_while_waiting_for_views(make_dls, make_learner, pool):
     with pytest.raises(KeyboardInterrupt) as kept:
         quiet_fit(learn, 10, cbs=CtrlCSoon())
     assert kept.traceback and not multiprocessing.active_children()
+
+
+class CtrlCForAll(Callback):
+    "As a terminal sends it: to all workers, labelled and unlabelled ones, and to this process"
+
+    def after_pred(self):
+        if not self.training:
+            return
+        self.workers = multiprocessing.active_children()
+        for o in self.workers:
+            os.kill(o.pid, signal.SIGINT)
+        time.sleep(0.2)
+        self.alive = [o.is_alive() for o in self.workers]
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_of_a_terminal(make_dls, make_learner, capfd):
+    press = CtrlCForAll()
+    learn = make_learner(dls=make_dls(num_workers=1), num_workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        quiet_fit(learn, 1, cbs=press)
+    assert press.alive == [True, True], 'they end when they are asked to'
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert 'Traceback' not in capfd.readouterr().err
+
+
+def test_ctrl_c_that_python_would_drop_comes_again():
+    class Dropped:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    with CtrlC():
+        with pytest.raises(KeyboardInterrupt):
+            Dropped()
+            time.sleep(5)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_of_ones_own_handler():
+    "A program that ends its training in its own way goes on to"
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *args: pressed.append(args[0]))
+    try:
+        with CtrlC():
+            signal.raise_signal(signal.SIGINT)
+        assert pressed == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_error_in_the_loader_has_a_message(make_dls, make_learner, pool):

@@ -2,13 +2,16 @@
 
 import os
 import socket
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import no_bn, quiet_fit, tiny_net
+from cli_runs import folders, train  # noqa: F401  a fixture
+from conftest import Raise, no_bn, quiet_fit, tiny_net
 from fastai.vision.all import SGD, Callback, Learner, accuracy, parent_label, set_seed
 from two_processes import Replicas, broadcast_on_the_cpu, in_two
 
@@ -23,10 +26,13 @@ from fixmatch_fastai.all import (
     FlexMatch,
     FreeMatch,
     ModelEMA,
+    SaveFixMatch,
     SoftMatch,
     StopOnTrouble,
     weak_augment,
 )
+from fixmatch_fastai.cli.experiment import main as experiment
+from fixmatch_fastai.core import only_writer
 from fixmatch_fastai.uncertainty import FeatureDensity
 
 pytest.importorskip('accelerate')
@@ -293,3 +299,101 @@ def test_replicas_take_the_step_of_one(make_learner, n):
     assert plain.fix_match.history.mask_rate.min() == 1 and len(net.seen) >= 3
     for p, q in zip(plain.model.parameters(), net.module.parameters()):
         torch.testing.assert_close(p, q)
+
+
+# --- of two that train in one folder, the second is refused
+
+
+@pytest.fixture
+def written_elsewhere():
+    "`written_elsewhere(folder, name)`: another process writes there until the test ends"
+    fork = mp.get_context('fork')
+    ends = []
+
+    def write(folder, name=''):
+        begun, end = fork.SimpleQueue(), fork.SimpleQueue()
+
+        def hold():
+            with only_writer(folder, RuntimeError('in use'), name):
+                begun.put(True)
+                end.get()
+
+        process = fork.Process(target=hold)
+        process.start()
+        ends.append((process, end))
+        return begun.get()
+
+    yield write
+    for process, end in ends:
+        end.put(True)
+        process.join()
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_a_command_is_refused_where_another_writes(folders, written_elsewhere, tmp_path, capsys, monkeypatch, resume):  # noqa: F811
+    monkeypatch.chdir(folders)
+    out = tmp_path / 'run'
+    written_elsewhere(out)
+    assert train('--no-check', '--epochs', 1, '--out', out, *['--resume'] * resume) == 2
+    assert 'is being written by another process: wait until it ends' in capsys.readouterr().err
+    assert [o.name for o in out.iterdir()] == ['.lock']
+
+
+def test_an_experiment_is_refused_where_another_writes(written_elsewhere, tmp_path, capsys):
+    written_elsewhere(tmp_path / 'a/seed_1')
+    config = 'data=digits n_labels=20 name=a seed=1 steps=2 eval_every=1 workers=0'.split()
+    assert experiment([*config, f'out={tmp_path}']) == 2
+    assert 'is being written by another process' in capsys.readouterr().err
+
+
+def test_a_checkpoint_has_one_writer(make_learner, written_elsewhere, tmp_path):
+    learn = make_learner()
+    written_elsewhere(tmp_path / 'models', 'a.pth')
+    with pytest.raises(ValueError, match='Another process trains with a.pth.*give another `fname`'):
+        quiet_fit(learn, 1, cbs=SaveFixMatch('a'))
+    for exc in (KeyboardInterrupt, RuntimeError):
+        with pytest.raises(exc):
+            quiet_fit(learn, 1, cbs=[SaveFixMatch('b'), Raise('after_pred', exc)])
+        assert not (tmp_path / 'models/.b.pth.lock').exists(), 'let go, though the learner lives on'
+    quiet_fit(learn, 1, cbs=SaveFixMatch('b'))
+    assert (tmp_path / 'models/b.pth').exists() and not (tmp_path / 'models/.b.pth.lock').exists()
+
+
+# --- an error in one process is an error in all
+
+
+def fit_apart(rank, make_dls, pool, path, kind, policy):
+    dls = make_dls(n_batches=6)
+    items = {'fewer': pool[rank:], 'other order': pool[::-1] if rank else pool}.get(kind, pool)
+    loader = dls.unlabeled_dl(items, mu=2)
+    learn = Learner(dls, no_bn(), path=path, cbs=FixMatch(loader, policy=POLICIES[policy]()))
+    if rank and kind == 'at the beginning':
+        learn.fix_match.preflight = lambda: 1 / 0
+    if rank and kind == 'in a step':
+        stream, learn.fix_match.preflight = loader.stream, None
+        loader.stream = lambda *args: iter([next(stream(*args))])  # then it ends
+    begun = time.monotonic()
+    with learn.distrib_ctx(sync_bn=False):
+        with pytest.raises((ValueError, RuntimeError, ZeroDivisionError)) as e:
+            quiet_fit(learn, 1)
+        dist.barrier()  # as both live on
+    return type(e.value).__name__, str(e.value), time.monotonic() - begun
+
+
+@pytest.mark.parametrize(
+    'kind,policy,error',
+    [
+        ('fewer', 'FixedThreshold', 'Process 1 has 99 unlabelled images, and process 0 has 100: give all the same'),
+        ('fewer', 'FlexMatch', 'Process 1 has 99 unlabelled images'),
+        ('other order', 'FreeMatch', 'Process 1 has other unlabelled images than process 0, or the same in another'),
+        ('at the beginning', 'FixedThreshold', 'Process 1 ended with an error, so this one, 0, does too: ZeroDivision'),
+        (
+            'in a step',
+            'FixedThreshold',
+            'Process 1 ended with an error, so this one, 0, does too: ValueError: The unlab',
+        ),
+    ],
+)
+def test_an_error_in_one_process_reaches_the_other(make_dls, pool, tmp_path, kind, policy, error):
+    (_, first, seconds), _ = in_two(fit_apart, tmp_path, make_dls, pool, tmp_path, kind, policy)
+    assert error in first and seconds < 60
