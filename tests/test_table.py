@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import shutil
 import tracemalloc
 import warnings
@@ -37,6 +38,7 @@ from fastai.vision.all import (
     load_learner,
     noop,
     parent_label,
+    set_seed,
     vision_learner,
 )
 from PIL import Image
@@ -130,6 +132,16 @@ def test_an_interrupted_table_goes_on(teacher, pool, tmp_path, stop_at):
     pd.testing.assert_frame_equal(read_pseudo_labels(out), whole)
     assert [o.name for o in out.parent.iterdir()] == ['table.csv']
     quiet_fit(teacher, 1, 1e-2)  # training goes on
+
+
+def test_a_file_to_write_draws_nothing(teacher, pool, tmp_path):
+    "Random numbers go on as without it"
+    drawn = []
+    for out in (None, tmp_path / 'table.csv'):
+        set_seed(0)
+        pseudo_label(teacher, pool[:3], out=out)
+        drawn.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert drawn[0] == drawn[1]
 
 
 def test_a_torn_row_is_made_anew(teacher, pool, tmp_path):

@@ -144,11 +144,10 @@ def _file_or_number(item, i): return str(item) if isinstance(item, (str,Path)) e
 # %% ../../nbs/self_training/02_table.ipynb #72d39d1a
 def _first_image(learn, views, most=100):
     "The first image that can be opened, of the first `most`, as it is and as the model gets it"
-    with no_random(reproducible=False):
-        opened = (views[i][1] for i in range(min(len(views), most)))
-        x = next((o for o in opened if not isinstance(o, str)), None)
-        if x is None: return None
-        finished_x = finished(to_device(x, next(learn.model.parameters()).device), learn.dls)
+    opened = (views[i][1] for i in range(min(len(views), most)))
+    x = next((o for o in opened if not isinstance(o, str)), None)
+    if x is None: return None
+    finished_x = finished(to_device(x, next(learn.model.parameters()).device), learn.dls)
     # another device rounds in another way
     return np.asarray(x.cpu()).tobytes(),finished_x.shape,*(round(o.item(), 3) for o in torch.std_mean(finished_x))
 
@@ -253,7 +252,8 @@ def _known_rows(learn, items, vocab, soft, tta, out):
     n,n_columns = len(items),len(vocab)*bool(soft)
     if out is None: return _KnownRows(n, n_columns)
     out.parent.mkdir(parents=True, exist_ok=True)
-    fingerprint = _call_fingerprint(learn, items, vocab, soft, tta)
+    with no_random(reproducible=False): # a loader draws when it is made, and so do views
+        fingerprint = _call_fingerprint(learn, items, vocab, soft, tta)
     part = out.with_name(f'{out.name}.{fingerprint.hex()[:8]}.part')
     if (others := _parts(out)) and part not in others:
         warnings.warn(f"{others[0]} is of a call with other images, another learner or other options, so all images "
