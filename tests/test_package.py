@@ -32,7 +32,8 @@ def test_version_is_that_of_the_settings():
 # what each room, or the rooms of each package, may import
 KNOWS = {
     'core': '',
-    'console': '',
+    'around': '',
+    'console': 'around',
     'augment': '',
     'policy': '',
     'ema': 'core',
@@ -41,29 +42,29 @@ KNOWS = {
     'items': '',
     'truth': 'core items',
     'labeled': 'augment items opening',
-    'data': 'core augment items pipeline labeled truth',
+    'data': 'core around augment items pipeline labeled truth',
     'uncertainty': 'policy',
     'batch': 'core policy',
     'record': 'core policy',
-    'callback': 'core policy batch record',
+    'callback': 'core around policy batch record',
     'show': 'core policy batch record callback',
     'recipe': 'core policy callback show ema',
-    'weights': 'core',
-    'checkpoint': 'core record callback ema',
+    'weights': 'core ema',
+    'checkpoint': 'core around record callback ema',
     'class_folders': '',
     'kinds': '',
     'duplicates': 'core data opening pipeline kinds',
     'rehearsal': 'core policy batch callback checkpoint',
     'findings': '',
     'inspection': 'core console data batch callback class_folders kinds duplicates findings rehearsal',
-    'check': 'core batch callback class_folders duplicates findings inspection rehearsal',
+    'check': 'core opening batch callback class_folders duplicates findings inspection rehearsal',
     'interpret': 'core augment items opening data policy uncertainty batch record callback show recipe',
     'self_training': 'core augment items opening labeled data policy uncertainty batch record callback recipe '
     'rehearsal',
-    'experiment': 'core console augment opening labeled data policy uncertainty callback ema recipe checkpoint '
+    'experiment': 'core around console augment opening labeled data policy uncertainty callback ema recipe checkpoint '
     'class_folders check interpret',
-    'cli': 'core console augment opening labeled data callback ema recipe checkpoint weights class_folders duplicates '
-    'findings check interpret self_training experiment',
+    'cli': 'core around console augment opening labeled data callback ema recipe checkpoint weights class_folders '
+    'duplicates findings check interpret self_training experiment',
 }
 
 
