@@ -456,7 +456,8 @@ def _check_cb(name, cb, saved):
     now = _plain(cb.state_dict())
     if isinstance(now, dict):
         _require(isinstance(saved, dict), name)
-        for k in saved.keys() & now.keys(): _require(_is_alike(saved[k], now[k]), f'{k} of {name}')
+        for k in saved.keys() & now.keys(): # what is `None` comes with training
+            _require(now[k] is None or saved[k] is None or _is_alike(saved[k], now[k]), f'{k} of {name}')
     try: cb.load_state_dict(deepcopy(saved))
     finally: cb.load_state_dict(now)
 

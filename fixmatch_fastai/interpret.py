@@ -21,6 +21,7 @@ from fastcore.xtras import truncstr
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
+from .around import ignore_ctrl_c
 from .augment import to_plain_mode, uint8_tensor
 from .batch import unpack
 from .callback import FixMatch, logits_of
@@ -54,7 +55,8 @@ def _collate_plain(samples):
     return (torch.stack(images),torch.tensor(truth),torch.tensor(idxs)),errors
 
 def _plain_batches(ds, bs, num_workers=0):
-    return torch.utils.data.DataLoader(ds, bs, collate_fn=_collate_plain, num_workers=num_workers)
+    return torch.utils.data.DataLoader(ds, bs, collate_fn=_collate_plain, num_workers=num_workers,
+                                       worker_init_fn=ignore_ctrl_c)
 
 def _batches(learn, dl):
     "Of one pass: `(images, truth or None, idxs)`, or `None` where none can be opened, and errors by idx"

@@ -58,8 +58,8 @@ KNOWS = {
     'findings': '',
     'inspection': 'core console data batch callback class_folders kinds duplicates findings rehearsal',
     'check': 'core opening batch callback class_folders duplicates findings inspection rehearsal',
-    'interpret': 'core augment items opening data policy uncertainty batch record callback show recipe',
-    'self_training': 'core augment items opening labeled data policy uncertainty batch record callback recipe '
+    'interpret': 'core around augment items opening data policy uncertainty batch record callback show recipe',
+    'self_training': 'core around augment items opening labeled data policy uncertainty batch record callback recipe '
     'rehearsal',
     'experiment': 'core around console augment opening labeled data policy uncertainty callback ema recipe checkpoint '
     'class_folders check interpret',

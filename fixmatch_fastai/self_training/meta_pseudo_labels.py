@@ -23,6 +23,7 @@ from fastai.torch_basics import (
 )
 from torch.amp import GradScaler
 
+from ..around import AroundEpochs
 from ..batch import check_loader, tells_truth
 from ..callback import FixMatch, OneCallLoss, logits_of, own_loss
 from ..core import FitCallback, describe, evaluating, processes
@@ -352,7 +353,16 @@ def after_cancel_batch(self:MetaPseudoLabels):
 MetaPseudoLabels.before_validate = MetaPseudoLabels.after_epoch = MetaPseudoLabels._put_back
 
 @patch
+def around_epoch(self:MetaPseudoLabels, run):
+    "Whatever ends the fit closes the stream"
+    try: run()
+    except BaseException:
+        self._clean_up()
+        raise
+
+@patch
 def after_fit(self:MetaPseudoLabels):
+    AroundEpochs.remove(self.learn)
     self._clean_up()
     if self.teacher is not None: self.teacher.eval()
 
@@ -361,6 +371,7 @@ def after_fit(self:MetaPseudoLabels):
 def before_fit(self:MetaPseudoLabels):
     self._clean_up()
     if self.learn.lock.locked(): return self._recorder.start() # in `validate` and `get_preds`
+    AroundEpochs.add(self)
     self._check_setting() # here, as MixUp swaps the loss in `before_train`
     self._recorder.start(['teacher_loss','signal'] + ['pseudo_acc']*tells_truth(self.unlabeled_dl, dls=self.dls))
 

@@ -23,6 +23,7 @@ from fastai.torch_basics import (
 )
 from fastprogress.fastprogress import progress_bar
 
+from ..around import ignore_ctrl_c
 from ..callback import logits_of
 from ..core import as_series, escape_name, evaluating, finished, first_line, item_at
 from ..core import read_csv, save_csv, unescape_name
@@ -69,7 +70,8 @@ def predictions(
         raise ValueError("With `tta` probabilities are averaged, so there are no logits: leave out one of the two.")
     learn.model.eval()
     views = _OpenedViews(learn.dls.test_dl(items), 4 if tta else 0)
-    for batch in torch.utils.data.DataLoader(views, bs, collate_fn=list, num_workers=num_workers):
+    workers = dict(num_workers=num_workers, worker_init_fn=ignore_ctrl_c)
+    for batch in torch.utils.data.DataLoader(views, bs, collate_fn=list, **workers):
         opened = [o for _,o in batch if not isinstance(o, str)]
         outputs = iter(_outputs(learn, torch.stack(opened), logits) if opened else ())
         for i,o in batch: yield (i,None,o) if isinstance(o, str) else (i,next(outputs),None)

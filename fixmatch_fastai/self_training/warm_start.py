@@ -41,7 +41,7 @@ class _SquareImages:
 
     def __call__(self, i):
         idxs = ((i+k)%len(self) for k in itertools.count())
-        img = to_plain_mode(self.views.first_readable(idxs, tries=min(100, len(self)))[1])
+        img = to_plain_mode(self.views.first_readable(idxs, tries=min(10_000, len(self)))[1])
         side = min(img.size)
         left,top = ((o-side)//2 for o in img.size)
         if img.size != (side,side): img = img.crop((left, top, left+side, top+side))
