@@ -301,6 +301,7 @@ def signal_soon(rng, seconds, send):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             timer.cancel()
             timer.join()
+            time.sleep(0.1)  # a Ctrl-C that Python would drop comes again
     except (Exception, KeyboardInterrupt) as e:
         errors.append(e)
         traceback.print_exc()

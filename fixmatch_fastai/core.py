@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['not_to_predict', 'describe', 'first_line', 'first_names', 'item_at', 'unwrap_dl', 'len_of', 'batch_size_of',
-           'processes', 'in_all', 'endless', 'replacing', 'only_writer', 'escape_name', 'unescape_name', 'as_series',
-           'save_csv', 'read_csv', 'modes_kept', 'evaluating', 'finished', 'TakenCallback', 'interrupted_epoch',
-           'FitCallback']
+           'processes', 'in_all', 'endless', 'replacing', 'only_writer', 'only_writer_of', 'escape_name',
+           'unescape_name', 'as_series', 'save_csv', 'read_csv', 'modes_kept', 'evaluating', 'finished',
+           'TakenCallback', 'interrupted_epoch', 'FitCallback']
 
 # %% ../nbs/00_core.ipynb #1c3197c1
 import errno,glob,os,re,sys,uuid
-from contextlib import contextmanager,suppress
+from contextlib import contextmanager,nullcontext,suppress
 from pathlib import Path
 
 try: import fcntl
@@ -170,6 +170,15 @@ def only_writer(
         if f:
             with suppress(OSError): file.unlink()
             f.close()
+
+def only_writer_of(
+    out # A file, or `None`
+):
+    "`only_writer` of one file, in the words of an argument `out`"
+    if out is None: return nullcontext()
+    return only_writer(out.parent, ValueError(f"Another process is writing {out}: wait until it ends, "
+                                              "or give another `out`."), out.name)
+
 
 # %% ../nbs/00_core.ipynb #9e0a80c1
 # In tables and pictures a byte that is no text is written as the six characters `\udce9`: so every file is valid UTF-8,

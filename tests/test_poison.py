@@ -273,6 +273,8 @@ def test_everything_poisoned_at_once(name, poison):
 def test_memory_of_poison_goes_elsewhere(name, poison, way):
     if way == 'pickle' and 'ValidatedThreshold' in name:
         pytest.skip('its held-out images stay behind')
+    if way == 'pickle' and 'FlexMatch' in name:
+        pytest.skip('its notes on the pool stay behind')
     policy, clean = (ready(EVERY[name]()) for _ in range(2))
     steps, rows = random_steps(), bad_rows(M, poison)
     for i, b in enumerate(steps[:4]):

@@ -454,7 +454,7 @@ def frame_without_index(files):
     [
         (lambda t, p, df: pseudo_label(t.model, p), TypeError, 'must be a Learner, but is a Sequential'),
         (lambda t, p, df: pseudo_label(t, None), TypeError, '`items` must be a list of images'),
-        (lambda t, p, df: pseudo_label(t, p[0]), TypeError, r'or `\[file\]` for one'),
+        (lambda t, p, df: pseudo_label(t, p[0]), TypeError, r'not the file .*: use `\[.*\]`'),
         (lambda t, p, df: pseudo_label(t, p, threshold='0.5'), ValueError, "a confidence, 0 to 1, but got '0.5'"),
         (lambda t, p, df: pseudo_label(t, p, bs=0), ValueError, '`bs` is a number of images'),
         (lambda t, p, df: pseudo_label(t, p, out=t.path), ValueError, '`out` must be a file'),

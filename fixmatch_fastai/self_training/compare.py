@@ -19,7 +19,7 @@ from fastprogress.fastprogress import progress_bar
 from scipy import stats
 
 from ..callback import FixMatch
-from ..core import len_of, replacing, unwrap_dl
+from ..core import len_of, only_writer_of, replacing, unwrap_dl
 from ..items import image_fingerprint, rows_of
 from ..recipe import probe
 from ..record import add_legend, as_label
@@ -363,6 +363,16 @@ def _warn_of_unlike_runs(twin):
                       "so there is no interval over images: validate on the same ones with each seed.", stacklevel=3)
 
 # %% ../../nbs/self_training/04_compare.ipynb #3a417210
+@patch
+def _run(self:SupervisedTwin, arms, todo, out, progress):
+    "What of `todo`, `(number of labels, seed, with FixMatch?)`, is not in the file `out` yet"
+    if out is not None and out.exists(): self._read_runs(out)
+    if any(self._find_run(n, seed, self.arms[semi]) is None for n,seed,semi in todo): self._check_same(arms, out)
+    for n,seed,semi in progress_bar(todo, leave=False) if progress else todo:
+        if not self._lacks_run(n, seed, semi): continue
+        self._train(arms, n, seed, semi)
+        if out is not None: self._write_runs(out)
+
 def compare_supervised(
     make_learner,       # Makes a Learner without `FixMatch`; called with `seed` and `n_labels`, if it takes these
     # For `FixMatch`; or a function that makes it, called with `dls`, `seed` and `n_labels`, if it takes these
@@ -389,15 +399,10 @@ def compare_supervised(
         if out.is_dir():
             raise ValueError(f"`out` must be a file, but {out} is a folder: use for example {out/'runs.json'}.")
         out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists(): twin._read_runs(out)
     fit = fit or (lambda learn: learn.fit_one_cycle(5))
     arms = _Arms(make_learner, unlabeled_dl, method, fit, out is not None)
     todo = [(n,seed,semi) for n in n_labels or [0] for seed in seeds for semi in (False,True)]
-    if any(twin._find_run(n, seed, twin.arms[semi]) is None for n,seed,semi in todo): twin._check_same(arms, out)
-    for n,seed,semi in progress_bar(todo, leave=False) if progress else todo:
-        if not twin._lacks_run(n, seed, semi): continue
-        twin._train(arms, n, seed, semi)
-        if out is not None: twin._write_runs(out)
+    with only_writer_of(out): twin._run(arms, todo, out, progress)
     _warn_of_unlike_runs(twin)
     return twin
 

@@ -26,7 +26,7 @@ from fastprogress.fastprogress import progress_bar
 from ..around import ignore_ctrl_c
 from ..callback import logits_of
 from ..core import as_series, escape_name, evaluating, finished, first_line, item_at
-from ..core import read_csv, save_csv, unescape_name
+from ..core import only_writer_of, read_csv, save_csv, unescape_name
 from ..items import image_fingerprint, image_identities, image_identity, listed, rows_of
 from ..labeled import WeakTransform
 from fixmatch_fastai.self_training.soft_labels import (
@@ -305,12 +305,13 @@ def pseudo_label(
     out = None if out is None else Path(out)
     _check_table_options(out, soft, tta)
     if num_workers is None: num_workers = learn.dls.valid.fake_l.num_workers
-    known = _known_rows(learn, items, vocab, soft, tta, out)
-    try: errors = _add_predictions(known, learn, items, len(vocab), soft, tta=tta, bs=bs, num_workers=num_workers)
-    finally: known.close()
-    df = _as_table(items, known.rows, _kept_rows(known.rows, threshold, top_k_per_class), vocab, soft)
-    _warn_of_table(df, known.rows, errors, items, threshold)
-    if out is not None: _write_table(df, out)
+    with only_writer_of(out):
+        known = _known_rows(learn, items, vocab, soft, tta, out)
+        try: errors = _add_predictions(known, learn, items, len(vocab), soft, tta=tta, bs=bs, num_workers=num_workers)
+        finally: known.close()
+        df = _as_table(items, known.rows, _kept_rows(known.rows, threshold, top_k_per_class), vocab, soft)
+        _warn_of_table(df, known.rows, errors, items, threshold)
+        if out is not None: _write_table(df, out)
     return df
 
 # %% ../../nbs/self_training/02_table.ipynb #d5afb035
