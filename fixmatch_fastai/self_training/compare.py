@@ -281,7 +281,7 @@ def _probe(self:SupervisedTwin, learn, n_labels, seed, start):
         with loaders_as_they_were(learn.dls.loaders): found = probe(learn)
     except Exception as e: # it must not end the comparison, whatever batches and models it does not know
         self.can_probe = False
-        warnings.warn(f"The comparison goes without the probe. {str(e) or type(e).__name__}", stacklevel=4)
+        warnings.warn(f"The comparison goes without the probe. {str(e) or type(e).__name__}", stacklevel=5)
         return
     self._add_run(n_labels, seed, 'probe', found.right, began, start)
 
