@@ -1976,6 +1976,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                       'fixmatch_fastai/self_training/compare.py'),
                                                        'fixmatch_fastai.self_training.compare._check_comparison': ( 'self_training/compare.html#_check_comparison',
                                                                                                                     'fixmatch_fastai/self_training/compare.py'),
+                                                       'fixmatch_fastai.self_training.compare._checksum': ( 'self_training/compare.html#_checksum',
+                                                                                                            'fixmatch_fastai/self_training/compare.py'),
                                                        'fixmatch_fastai.self_training.compare._counted': ( 'self_training/compare.html#_counted',
                                                                                                            'fixmatch_fastai/self_training/compare.py'),
                                                        'fixmatch_fastai.self_training.compare._dataset_facts': ( 'self_training/compare.html#_dataset_facts',

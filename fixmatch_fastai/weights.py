@@ -14,7 +14,7 @@ import torch
 from fastai.learner import Learner, join_path_file
 from fastai.torch_basics import Tensor, distrib_barrier, get_model, patch, rank_distrib
 from fastcore.xtras import truncstr
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 
 from . import __version__
 from .core import replacing, unwrap_dl
@@ -59,7 +59,8 @@ def save_weights(self:Learner,
     state = {plain_name(k): v for k,v in get_model(self.model).state_dict().items()}
     plain = lambda v: v.detach().cpu().as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
     state = {name: plain(state[name]) for name,*_ in _tied_names(state)}
-    with replacing(file) as tmp: save_file(state, tmp, {**text, 'checksum': _checksum(state, vocab or None)})
+    data = save(state, {**text, 'checksum': _checksum(state, vocab or None)})
+    with replacing(file) as tmp: tmp.write_bytes(data)
     return file
 
 # %% ../nbs/08a_weights.ipynb #861cd69a

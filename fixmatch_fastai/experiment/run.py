@@ -135,6 +135,8 @@ class Run:
         if not file.exists() or (found := read_epochs(file)).epoch.iloc[-1] < n-1:
             raise CommandError(f"{file} lacks the last evaluation, so there is no result: give another name, "
                                f"or delete {self.folder}.")
+        if not {'accuracy','raw_accuracy'} <= {*found.columns}:
+            raise CommandError(f"{file} is damaged, it lacks a column: mend it, or delete {self.folder}.")
         return found
 
 def run_folder(c): return Path(c.out)/c.name/f'seed_{c.seed}'

@@ -6,7 +6,7 @@
 __all__ = ['wilson_interval', 'paired_interval', 'SupervisedTwin', 'compare_supervised']
 
 # %% ../../nbs/self_training/04_compare.ipynb #223424cf
-import hashlib,inspect,json,math,re,time,warnings
+import hashlib,inspect,json,math,re,time,warnings,zlib
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -232,6 +232,8 @@ def _is_run(o):
     if not right or set(right)-{*'01'} or not all(isinstance(v, (int,float)) for v in curve): return False
     return math.isclose(o['accuracy'], right.count('1')/len(right), abs_tol=1e-6)
 
+def _checksum(row): return zlib.crc32(json.dumps(row, sort_keys=True).encode())
+
 @patch
 def _read_runs(self:SupervisedTwin, file):
     "Runs that were finished before"
@@ -239,12 +241,15 @@ def _read_runs(self:SupervisedTwin, file):
     try: rows = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(wrong) from e
     if not isinstance(rows, list) or not all(map(_is_run, rows)): raise ValueError(wrong)
+    sums = [o.pop('checksum', None) for o in rows] # none in a file of version 0.1.0
+    if any(sums) and sums != [*map(_checksum, rows)]: raise ValueError(wrong)
     if len({(o['n_labels'],o['seed'],o['method']) for o in rows}) < len(rows): raise ValueError(wrong)
     self.rows = [{**o, 'right': np.array(list(o['right'])) == '1'} for o in rows]
 
 @patch
 def _write_runs(self:SupervisedTwin, file):
     rows = [{**o, 'right': ''.join('01'[k] for k in o['right'].astype(int))} for o in self.rows]
+    rows = [{**o, 'checksum': _checksum(o)} for o in rows]
     with replacing(file) as tmp: tmp.write_text(json.dumps(rows), encoding='utf-8')
 
 @patch

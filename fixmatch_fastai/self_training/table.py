@@ -71,10 +71,14 @@ def predictions(
     learn.model.eval()
     views = _OpenedViews(learn.dls.test_dl(items), 4 if tta else 0)
     workers = dict(num_workers=num_workers, worker_init_fn=ignore_ctrl_c)
-    for batch in torch.utils.data.DataLoader(views, bs, collate_fn=list, **workers):
-        opened = [o for _,o in batch if not isinstance(o, str)]
-        outputs = iter(_outputs(learn, torch.stack(opened), logits) if opened else ())
-        for i,o in batch: yield (i,None,o) if isinstance(o, str) else (i,next(outputs),None)
+    batches = iter(torch.utils.data.DataLoader(views, bs, collate_fn=list, **workers))
+    try:
+        for batch in batches:
+            opened = [o for _,o in batch if not isinstance(o, str)]
+            outputs = iter(_outputs(learn, torch.stack(opened), logits) if opened else ())
+            for i,o in batch: yield (i,None,o) if isinstance(o, str) else (i,next(outputs),None)
+    finally: # a traceback that someone keeps would keep the workers alive
+        if hasattr(batches, '_shutdown_workers'): batches._shutdown_workers()
 
 def right_predictions(
     learn:Learner # With class numbers in validation
