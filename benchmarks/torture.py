@@ -309,15 +309,13 @@ def signal_soon(rng, seconds, send):
 
 
 @contextmanager
-def ctrl_c(rng, seconds, keep=True):
+def ctrl_c(rng, seconds):
     "To this process, as a notebook's button sends it; or to its workers too, as a terminal does"
     send = pick(rng, [partial(os.kill, os.getpid()), partial(os.killpg, 0)])
     with signal_soon(rng, seconds, partial(send, signal.SIGINT)) as errors:
         yield
     kinds = [f'{type(e).__name__}: {str(e)[:200]!r}' for e in errors if not isinstance(e, KeyboardInterrupt)]
     check(not kinds, f'Ctrl-C became {kinds}')
-    if not keep:
-        errors.clear()
     check_none_left()
 
 
@@ -350,8 +348,7 @@ def stop_training(rng, folder):
 
 def stop_task(task, workers, rng, folder):
     args = pick(rng, [args_of(rng, task), workers])
-    # of learners without FixMatch, fastai's loaders end their workers when the error is gone
-    with ctrl_c(rng, whole(task, *args).seconds, keep=task is not compare):
+    with ctrl_c(rng, whole(task, *args).seconds):
         task(folder, *args)
     check_goes_on(task, folder, *args)
 

@@ -10,8 +10,6 @@ import warnings
 from copy import copy,deepcopy
 from dataclasses import dataclass,replace
 from functools import partial
-from math import isfinite
-from numbers import Real
 
 import pandas as pd
 import torch
@@ -26,7 +24,8 @@ from .batch import (Step, check_decision, check_labeled, check_loader, check_log
 from .around import AroundEpochs
 from .core import (FitCallback, batch_size_of, endless, evaluating, finished, in_all,
                                   not_to_predict, processes)
-from .policy import FixedThreshold, Policy, PseudoLabels, SemiBatch, alone, masked, only_logits
+from .policy import (FixedThreshold, Policy, PseudoLabels, SemiBatch, alone, is_number, masked,
+                                    only_logits)
 from .record import SemiRecorder
 
 # %% ../nbs/04_callback.ipynb #7a98eb48
@@ -53,7 +52,7 @@ def own_loss(learn):
 # %% ../nbs/04_callback.ipynb #b2bb843f
 def _check_lambda_u(lambda_u):
     at = map(lambda_u, (0.,.5,1.)) if callable(lambda_u) else [lambda_u]
-    if all(isinstance(o, (Real,Tensor)) and not isinstance(o, bool) and isfinite(o) and o >= 0 for o in at): return
+    if all((is_number(o) or isinstance(o, Tensor)) and o >= 0 for o in at): return
     found = " throughout." if callable(lambda_u) else f", but got {lambda_u!r}."
     raise ValueError("`lambda_u`, the weight of the unlabelled loss, must be a finite number, 0 or more" + found)
 

@@ -35,8 +35,9 @@ from torch import nn
 from . import __version__
 from .around import AroundEpochs
 from .callback import FixMatch, own_loss
-from .core import FitCallback, batch_size_of, first_line, len_of, only_writer, processes, replacing
-from .ema import ModelEMA, plain_name, renamed, why_unfit
+from .core import (FitCallback, batch_size_of, first_line, len_of, only_writer, plain_name, processes,
+                                  renamed, replacing, why_unfit)
+from .ema import ModelEMA
 from .record import SemiStep
 
 # %% ../nbs/08_checkpoint.ipynb #f35f2735

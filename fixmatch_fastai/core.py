@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['not_to_predict', 'describe', 'first_line', 'first_names', 'item_at', 'unwrap_dl', 'len_of', 'batch_size_of',
            'processes', 'in_all', 'endless', 'replacing', 'only_writer', 'only_writer_of', 'escape_name',
-           'unescape_name', 'as_series', 'save_csv', 'read_csv', 'modes_kept', 'evaluating', 'finished',
-           'TakenCallback', 'interrupted_epoch', 'FitCallback']
+           'unescape_name', 'as_series', 'save_csv', 'read_csv', 'modes_kept', 'evaluating', 'plain_name', 'renamed',
+           'why_unfit', 'finished', 'TakenCallback', 'interrupted_epoch', 'FitCallback']
 
 # %% ../nbs/00_core.ipynb #1c3197c1
 import errno,glob,os,re,sys,uuid
+from collections.abc import Mapping
 from contextlib import contextmanager,nullcontext,suppress
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def first_names(
     "Names in a sentence, as 'a, b and 3 more'"
     names = [*map(str, names)]
     return ', '.join(names[:most]) + (f' and {len(names)-most:,} more' if len(names) > most else '')
+
 
 # %% ../nbs/00_core.ipynb #48e7515e
 def item_at(
@@ -250,6 +252,33 @@ def evaluating(
     with modes_kept(model), torch.no_grad():
         model.eval()
         yield
+
+# %% ../nbs/00_core.ipynb #3982aa12
+def plain_name(name:str)->str:
+    "The name of a weight without what `torch.compile` puts into it"
+    return name.replace('_orig_mod.', '')
+
+def renamed(
+    saved:Mapping, # Tensors by name, of the model or of the same compiled
+    own            # Names in the model
+)->dict:
+    "`saved` under the names that the model has for them"
+    names = {plain_name(k): k for k in own}
+    return {names.get(plain_name(k), plain_name(k)): v for k,v in saved.items()}
+
+def why_unfit(
+    saved,      # Of a file
+    own:Tensor  # Of a model
+)->str: # Empty where it can
+    "Why `saved` can't be copied to `own`: no plain tensor, another shape or kind of numbers, not finite"
+    if not isinstance(own, Tensor): return '' # a module's extra state
+    if not isinstance(saved, Tensor) or saved.layout != torch.strided or saved.is_meta or saved.is_quantized:
+        return 'no plain tensor'
+    if saved.shape != own.shape: return f'size mismatch: {tuple(saved.shape)}, not {tuple(own.shape)}'
+    both_float = saved.is_floating_point() and own.is_floating_point()
+    if not both_float and saved.dtype != own.dtype: return f'{saved.dtype}, not {own.dtype}'.replace('torch.', '')
+    bad = ~saved.to(own.dtype).isfinite()
+    return 'not finite' if bad.any() and (bad & own.detach().cpu().isfinite()).any() else ''
 
 # %% ../nbs/00_core.ipynb #b7b8fc0e
 def finished(

@@ -22,7 +22,7 @@ from fastai.vision.data import get_grid
 from fastcore.xtras import truncstr
 from PIL import Image
 
-from .around import ignore_ctrl_c
+from .around import batches_of, ignore_ctrl_c
 from .augment import FixMatchTransform, to_view_mode, uint8_tensor
 from .core import describe, escape_name, in_all, item_at, not_to_predict, processes
 from .items import listed, rows_of
@@ -311,17 +311,15 @@ def stream(self:UnlabeledDL,
     start = StreamPosition(seed) if alone or self._start is None else self._start
     if not alone: self._position,self._start = start,None
     sampler = EndlessSampler(len(views), bs, self.shuffle, start, rank, world)
-    it = iter(torch.utils.data.DataLoader(range(len(views)), batch_sampler=sampler, collate_fn=views.batch,
-                                          num_workers=self.fake_l.num_workers, pin_memory=self.pin_memory,
-                                          timeout=self.timeout, worker_init_fn=ignore_ctrl_c, **opts))
-    try:
-        for n,(batch,damaged) in enumerate(it, 1):
+    dl = torch.utils.data.DataLoader(range(len(views)), batch_sampler=sampler, collate_fn=views.batch,
+                                     num_workers=self.fake_l.num_workers, pin_memory=self.pin_memory,
+                                     timeout=self.timeout, worker_init_fn=ignore_ctrl_c, **opts)
+    with batches_of(dl) as batches:
+        for n,(batch,damaged) in enumerate(batches, 1):
             self._damaged.update(damaged)
             if not alone: self._position = start._replace(drawn=start.drawn + n*bs*world)
             yield views.finish(batch, getattr(dls, 'device', None) or self.device)
-    finally:
-        # a traceback that someone keeps would keep `it`, and with it the workers, alive
-        if hasattr(it, '_shutdown_workers'): it._shutdown_workers()
+
 
 # %% ../nbs/01_data.ipynb #7d0a000d
 def _opening_loader(dls):

@@ -21,7 +21,7 @@ from fastcore.xtras import truncstr
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from .around import ignore_ctrl_c
+from .around import batches_of, ignore_ctrl_c
 from .augment import to_plain_mode, uint8_tensor
 from .batch import unpack
 from .callback import FixMatch, logits_of
@@ -55,16 +55,17 @@ def _collate_plain(samples):
     return (torch.stack(images),torch.tensor(truth),torch.tensor(idxs)),errors
 
 def _plain_batches(ds, bs, num_workers=0):
-    return torch.utils.data.DataLoader(ds, bs, collate_fn=_collate_plain, num_workers=num_workers,
-                                       worker_init_fn=ignore_ctrl_c)
+    return batches_of(torch.utils.data.DataLoader(ds, bs, collate_fn=_collate_plain, num_workers=num_workers,
+                                                  worker_init_fn=ignore_ctrl_c))
 
 def _batches(learn, dl):
     "Of one pass: `(images, truth or None, idxs)`, or `None` where none can be opened, and errors by idx"
     if isinstance(dl, UnlabeledDL):
         ds = _Plain(dl.dataset.following(learn.dls))
-        for batch,errors in _plain_batches(ds, dl.bs, dl.fake_l.num_workers):
-            if batch and not dl.knows_truth: batch = batch[0],None,batch[2]
-            yield batch,errors
+        with _plain_batches(ds, dl.bs, dl.fake_l.num_workers) as batches:
+            for batch,errors in batches:
+                if batch and not dl.knows_truth: batch = batch[0],None,batch[2]
+                yield batch,errors
         return
     n,shuffled = 0,isinstance(getattr(dl, 'sampler', None), torch.utils.data.RandomSampler)
     for weak,_,truth,idxs in map(unpack, dl):
@@ -525,11 +526,12 @@ def _all_features(items, net, bs, num_workers):
     "Features (n, D) and idxs (n,) of images that could be opened, errors of the others by idx"
     ds,embed = _embedder(items, net)
     features,idxs,errors = [],[],{}
-    for batch,bad in _plain_batches(ds, bs, num_workers):
-        errors.update(bad)
-        if batch is None: continue
-        features.append(embed(batch[0]))
-        idxs.append(batch[2])
+    with _plain_batches(ds, bs, num_workers) as batches:
+        for batch,bad in batches:
+            errors.update(bad)
+            if batch is None: continue
+            features.append(embed(batch[0]))
+            idxs.append(batch[2])
     if not features: raise ValueError("None of the images can be opened: check the files.")
     return torch.cat(features).numpy(),torch.cat(idxs).numpy(),errors
 

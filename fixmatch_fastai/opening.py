@@ -212,6 +212,10 @@ image_extensions.update(('.avif','.heic','.heif','.hif','.jfif','.webp'))
 # %% ../nbs/00c_opening.ipynb #489e7ece
 def _small(img): return np.asarray(img.convert('L').resize((32,32), Image.Resampling.BOX), dtype=np.float32)
 
+def _is_nearer(img, a, b): # to `a` than to `b`
+    a,b = (np.abs(_small(img)-_small(o)).mean() for o in (a,b))
+    return bool(a < b)
+
 def left_lying(
     file,           # Where the image is from
     img:Image.Image # What was opened
@@ -220,8 +224,7 @@ def left_lying(
     with Image.open(file) as raw:
         if raw.getexif().get(_TURN, 1) in (0,1): return False
         raw.draft(None, (64,64))
-        lying,upright = _small(raw),_small(ImageOps.exif_transpose(raw))
-    return bool(np.abs(_small(img)-lying).mean() < np.abs(_small(img)-upright).mean())
+        return _is_nearer(img, raw, ImageOps.exif_transpose(raw))
 
 def is_cut_off(
     file,           # Where the image is from
@@ -230,8 +233,7 @@ def is_cut_off(
     "Does the file have more than 8 bits, of which all above 255 was cut off?"
     with Image.open(file) as raw:
         if not _is_deep(raw): return False
-        cut,scaled = _small(raw.convert('RGB')),_small(to_8_bits(raw))
-    return bool(np.abs(_small(img)-cut).mean() < np.abs(_small(img)-scaled).mean())
+        return _is_nearer(img, raw.convert('RGB'), to_8_bits(raw))
 
 def is_blank(img:Image.Image)->bool:
     "Is it of one shade, or nearly? The standard deviation of its pixels is below 1 of 255"

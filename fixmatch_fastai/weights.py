@@ -17,8 +17,7 @@ from fastcore.xtras import truncstr
 from safetensors.torch import load, save
 
 from . import __version__
-from .core import replacing, unwrap_dl
-from .ema import plain_name, renamed, why_unfit
+from .core import plain_name, renamed, replacing, unwrap_dl, why_unfit
 
 # %% ../nbs/08a_weights.ipynb #05d931b2
 def _tied_names(state):

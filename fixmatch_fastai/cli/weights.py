@@ -12,7 +12,7 @@ from fastai.torch_basics import Tensor
 from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import create_body, model_meta
 from ..console import CommandError
-from ..ema import plain_name, why_unfit
+from ..core import plain_name, why_unfit
 from safetensors.torch import load
 
 # %% ../../nbs/cli/02_weights.ipynb #b709cd21

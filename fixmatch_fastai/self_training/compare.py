@@ -18,6 +18,7 @@ from fastai.torch_basics import Path, nn, patch, set_seed
 from fastprogress.fastprogress import progress_bar
 from scipy import stats
 
+from ..around import CtrlC
 from ..callback import FixMatch
 from ..core import len_of, only_writer_of, replacing, unwrap_dl
 from ..items import image_fingerprint, rows_of
@@ -407,7 +408,7 @@ def compare_supervised(
     fit = fit or (lambda learn: learn.fit_one_cycle(5))
     arms = _Arms(make_learner, unlabeled_dl, method, fit, out is not None)
     todo = [(n,seed,semi) for n in n_labels or [0] for seed in seeds for semi in (False,True)]
-    with only_writer_of(out): twin._run(arms, todo, out, progress)
+    with only_writer_of(out), CtrlC(): twin._run(arms, todo, out, progress)
     _warn_of_unlike_runs(twin)
     return twin
 

@@ -23,7 +23,7 @@ from fastai.torch_basics import (
 )
 from fastprogress.fastprogress import progress_bar
 
-from ..around import ignore_ctrl_c
+from ..around import batches_of, ignore_ctrl_c
 from ..callback import logits_of
 from ..core import as_series, escape_name, evaluating, finished, first_line, item_at
 from ..core import only_writer_of, read_csv, save_csv, unescape_name
@@ -71,14 +71,11 @@ def predictions(
     learn.model.eval()
     views = _OpenedViews(learn.dls.test_dl(items), 4 if tta else 0)
     workers = dict(num_workers=num_workers, worker_init_fn=ignore_ctrl_c)
-    batches = iter(torch.utils.data.DataLoader(views, bs, collate_fn=list, **workers))
-    try:
+    with batches_of(torch.utils.data.DataLoader(views, bs, collate_fn=list, **workers)) as batches:
         for batch in batches:
             opened = [o for _,o in batch if not isinstance(o, str)]
             outputs = iter(_outputs(learn, torch.stack(opened), logits) if opened else ())
             for i,o in batch: yield (i,None,o) if isinstance(o, str) else (i,next(outputs),None)
-    finally: # a traceback that someone keeps would keep the workers alive
-        if hasattr(batches, '_shutdown_workers'): batches._shutdown_workers()
 
 def right_predictions(
     learn:Learner # With class numbers in validation

@@ -257,6 +257,31 @@ def test_ctrl_c_that_python_would_drop_comes_again():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_while_a_loader_is_made():
+    "Half made, it is in nobody's hands, who could end its workers"
+
+    class Loader:
+        def _get_iterator(self):
+            signal.raise_signal(signal.SIGINT)
+            self.made = True
+
+    loader = Loader()
+    with pytest.raises(KeyboardInterrupt), CtrlC():
+        loader._get_iterator()
+        time.sleep(5)
+    assert loader.made
+
+
+def test_ctrl_c_frees_the_loaders_of_a_kept_traceback(make_dls):
+    def wait(dl):
+        for _ in dl:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as kept, CtrlC():
+        wait(make_dls(num_workers=1).valid)
+    assert kept.traceback and not multiprocessing.active_children()
+
+
 def test_ctrl_c_of_ones_own_handler():
     "A program that ends its training in its own way goes on to"
     pressed = []

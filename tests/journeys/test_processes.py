@@ -330,7 +330,7 @@ def written_elsewhere():
 
 
 @pytest.mark.parametrize('resume', [False, True])
-def test_a_command_is_refused_where_another_writes(folders, written_elsewhere, tmp_path, capsys, monkeypatch, resume):  # noqa: F811
+def test_a_second_command_is_refused(folders, written_elsewhere, tmp_path, capsys, monkeypatch, resume):  # noqa: F811
     monkeypatch.chdir(folders)
     out = tmp_path / 'run'
     written_elsewhere(out)
